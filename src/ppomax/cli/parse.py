@@ -1,0 +1,180 @@
+"""From the words after `ppomax` to a configuration: recipe, then YAML file, then flags."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
+
+from ppomax.config import (
+    ChatConfig,
+    DoctorConfig,
+    EvaluateConfig,
+    PPOConfig,
+    QuickstartConfig,
+    ReportConfig,
+    RewardConfig,
+    Schema,
+    SFTConfig,
+)
+from ppomax.config.layers import nearest, overlay, read_yaml
+from ppomax.config.recipes import PPO_RECIPES, REWARD_RECIPES, recipe_named
+from ppomax.errors import SetupError
+
+Recipes = Mapping[str, Callable[[], Schema]]
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A verb's schema, its recipes if it has any, and the run flags that it takes besides its settings."""
+
+    schema: type[Schema]
+    recipes: Recipes = dataclasses.field(default_factory=dict)
+    flags: tuple[str, ...] = ("config",)
+
+    @property
+    def about(self) -> str:
+        """The schema's docstring."""
+        return self.schema.__doc__ or ""
+
+
+@dataclass(frozen=True)
+class RecipesArguments:
+    """List the named recipes, print one as YAML, or compare two."""
+
+    name: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(help="Print this recipe in full, as YAML.")] = None
+    diff: Annotated[
+        tuple[str, str] | None, tyro.conf.arg(metavar="A B", help="Print the settings that differ between two recipes.")
+    ] = None
+
+
+VERBS = {
+    "sft": Verb(SFTConfig, flags=("config", "resume", "fresh")),
+    "reward": Verb(RewardConfig, REWARD_RECIPES, ("config", "recipe", "resume", "fresh")),
+    "ppo": Verb(PPOConfig, PPO_RECIPES, ("config", "recipe", "resume", "fresh")),
+    "evaluate": Verb(EvaluateConfig, flags=("config", "fresh")),
+    "chat": Verb(ChatConfig),
+    "report": Verb(ReportConfig, flags=()),
+    "quickstart": Verb(QuickstartConfig),
+    "doctor": Verb(DoctorConfig, flags=()),
+}
+ABOUT = {
+    **{name: verb.about for name, verb in VERBS.items() if name != "doctor"},
+    "recipes": RecipesArguments.__doc__ or "",
+    "doctor": VERBS["doctor"].about,
+}
+
+
+@dataclass(frozen=True)
+class Invocation:
+    """A parsed command line: the verb's settings, the recipe they began with, and `resume` and `fresh` where taken."""
+
+    config: Any
+    recipe: str | None
+    options: dict[str, bool]
+
+
+def expect_verb(name: str) -> None:
+    """Refuse an unknown verb, naming the nearest."""
+    if name not in ABOUT:
+        raise SetupError(f"unknown verb '{name}'{nearest(name, list(ABOUT))} Known: {', '.join(ABOUT)}")
+
+
+def parse(name: str, words: Sequence[str]) -> Invocation:
+    """The invocation of verb `name`; words that are not understood, and --help, end in SystemExit."""
+    verb = VERBS[name]
+    if name == "report" and words and not words[0].startswith("-"):
+        words = ["--run-dir", *words]
+    recipe, base = _below_flags(verb, words)
+    defaults: dict[str, Any] = {"config": None, "recipe": recipe, "resume": False, "fresh": False}
+    form = _form(verb)
+    given = tyro.cli(
+        form,
+        prog=f"ppomax {name}",
+        description=_description(name, verb),
+        args=list(words),
+        default=form(settings=base, **{flag: defaults[flag] for flag in verb.flags}),
+        registry=_as_dicts(),
+    )
+    options = {flag: getattr(given, flag) for flag in ("resume", "fresh") if flag in verb.flags}
+    return Invocation(overlay(base, given.settings, origin="command line"), recipe, options)
+
+
+def parse_recipes(words: Sequence[str]) -> RecipesArguments:
+    """The arguments of `ppomax recipes`."""
+    return tyro.cli(RecipesArguments, prog="ppomax recipes", args=list(words))
+
+
+def _below_flags(verb: Verb, words: Sequence[str]) -> tuple[str | None, Schema]:
+    """The recipe's name and the settings that the flags are laid over."""
+    file = _value_of("--config", words) if "config" in verb.flags else None
+    values = read_yaml(Path(file)) if file else {}
+    recipe: str | None = None
+    if verb.recipes:
+        in_file = values.pop("recipe", None)
+        recipe = _value_of("--recipe", words) or (None if in_file is None else str(in_file))
+    base = recipe_named(recipe, verb.recipes) if recipe else verb.schema()
+    return recipe, overlay(base, values, origin=file) if file else base
+
+
+def _value_of(flag: str, words: Sequence[str]) -> str | None:
+    """The last value of a flag among unparsed words."""
+    found = None
+    for word, following in zip(words, [*words, "--"][1:], strict=True):
+        if word == flag and not following.startswith("--"):
+            found = following
+        elif word.startswith(f"{flag}="):
+            found = word.removeprefix(f"{flag}=")
+    return found
+
+
+def _form(verb: Verb) -> Any:
+    """A dataclass of the run flags and the settings, for tyro to fill."""
+    kinds = {
+        "config": Annotated[Path | None, tyro.conf.arg(metavar="FILE", help="YAML file laid over the recipe.")],
+        "recipe": Annotated[
+            Literal[(*verb.recipes, None)],  # type: ignore[valid-type]
+            tyro.conf.arg(metavar="NAME", help=f"Settings to start from: {', '.join(verb.recipes)}."),
+        ],
+        "resume": Annotated[
+            bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help="Go on with the run from its newest checkpoint.")
+        ],
+        "fresh": Annotated[
+            bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help="Delete the run that is there and start over.")
+        ],
+    }
+    settings = ("settings", Annotated[verb.schema, tyro.conf.arg(name="")])
+    return dataclasses.make_dataclass("Form", [*((flag, kinds[flag]) for flag in verb.flags), settings], frozen=True)
+
+
+def _as_dicts() -> ConstructorRegistry:
+    """Let tyro return settings as nested dicts: `overlay` then checks flags exactly as it checks a file."""
+    registry = ConstructorRegistry()
+
+    @registry.struct_rule
+    def schema_rule(info: StructTypeInfo) -> StructConstructorSpec | None:
+        if not (isinstance(info.type, type) and issubclass(info.type, Schema)):
+            return None
+        fields = tuple(
+            StructFieldSpec(name, known.annotation, getattr(info.default, name), known.description)  # type: ignore[arg-type]
+            for name, known in info.type.model_fields.items()
+        )
+        return StructConstructorSpec(dict, fields)
+
+    return registry
+
+
+def _description(name: str, verb: Verb) -> str:
+    parts = [verb.about]
+    if verb.recipes:
+        parts.append("A flag overrides the file, which overrides the recipe. `ppomax recipes` describes the recipes.")
+    elif "config" in verb.flags:
+        parts.append("A flag overrides the file.")
+    if name == "report":
+        parts.append("The directory may also be given by itself: ppomax report RUN_DIR.")
+    return " ".join(parts)

@@ -1,0 +1,159 @@
+"""What the command line prints: the verbs, recipes, a run's summary, the doctor's findings, errors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ppomax.cli.parse import ABOUT, VERBS
+from ppomax.config import Schema
+from ppomax.config.layers import nearest, plain
+from ppomax.errors import SetupError
+
+
+def show_error(message: str) -> None:
+    """'error: …' on stderr."""
+    _stderr().print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+
+
+def show_stopped(message: str) -> None:
+    """Why the run ended early, on stderr."""
+    _stderr().print(Text(message, style="yellow"), soft_wrap=True)
+
+
+def show_verbs() -> None:
+    """`ppomax --help`."""
+    console = _stdout()
+    console.print(
+        "usage: ppomax VERB [OPTIONS]\n\nRLHF with PPO, whole: fine-tuning, reward model, PPO-max, evaluation.\n"
+    )
+    table = _columns()
+    for name, about in ABOUT.items():
+        table.add_row(Text(f"  {name}", style="bold"), Text(about.splitlines()[0]))
+    console.print(table)
+    console.print("\nppomax VERB --help shows a verb's options with their defaults; ppomax --version the version.")
+
+
+def show_recipe_chosen(name: str, recipe: str) -> None:
+    """What the chosen recipe does, before the run, on stderr."""
+    _stderr().print(Text(f"recipe {recipe}: {_described(VERBS[name].recipes[recipe])}"), soft_wrap=True)
+
+
+def show_recipes() -> None:
+    """Every recipe with its docstring, by verb."""
+    table = _columns()
+    for verb, recipe, function in _recipes():
+        table.add_row(Text(verb, style="dim"), Text(recipe, style="bold"), Text(_described(function)))
+    _stdout().print(table)
+
+
+def show_recipe(name: str) -> None:
+    """A recipe as YAML that `--config` takes."""
+    for verb, config in _named(name):
+        print(f"# ppomax {verb} --recipe {name}")
+        print(yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True), end="")
+
+
+def show_difference(a: str, b: str) -> None:
+    """The settings in which two recipes of one verb differ."""
+    others = dict(_named(b))
+    pairs = [(config, others[verb]) for verb, config in _named(a) if verb in others]
+    if not pairs:
+        raise SetupError(f"recipes '{a}' and '{b}' are for different verbs; expected two of one verb")
+    table = _columns("setting", a, b)
+    for one, other in pairs:
+        left, right = dict(_flat(plain(one))), dict(_flat(plain(other)))
+        for key in left:
+            if left[key] != right[key]:
+                table.add_row(Text(key), Text(_as_yaml(left[key])), Text(_as_yaml(right[key])))
+    _stdout().print(table if table.row_count else f"{a} and {b} are equal")
+
+
+def show_summary(run_dir: Path, summary: Mapping[str, Any] | None) -> None:
+    """The result of a run in a short table, and where to look."""
+    table = _columns()
+    for key, value in _flat(summary or {}):
+        if not isinstance(value, list) or len(value) <= 3:  # a histogram belongs into the report
+            table.add_row(Text(key), Text(_number(value)))
+    console = _stdout()
+    console.print(table)
+    for path in (run_dir / "final", run_dir / "report.html"):
+        if path.exists():
+            console.print(Text(str(path), style="bold"), soft_wrap=True)
+
+
+def show_doctor(found: Mapping[str, Any]) -> None:
+    """The doctor's findings, what will be slow last."""
+    console, packages, machine = _stdout(), _columns(), _columns()
+    for package in found["packages"]:
+        if package["version"] is not None:
+            packages.add_row(Text(package["name"]), Text(package["version"]))
+        else:
+            missing = f"missing: needed for {package['purpose']}; {package['install']}"
+            packages.add_row(Text(package["name"]), Text(missing, style="yellow"))
+    for name, fact in found["machine"].items():
+        machine.add_row(Text(name), Text(fact))
+    console.print(Text("installed", style="bold"), packages, Text("\nthis machine", style="bold"), machine, sep="\n")
+    console.print(
+        Text("\nwhat will be slow or fail, and why" if found["concerns"] else "\nnothing here is slow", "bold")
+    )
+    for concern in found["concerns"]:
+        console.print(Text(f"- {concern}"), soft_wrap=True)
+
+
+def _recipes() -> Iterator[tuple[str, str, Any]]:
+    for verb, known in VERBS.items():
+        for name, function in known.recipes.items():
+            yield verb, name, function
+
+
+def _named(name: str) -> list[tuple[str, Schema]]:
+    """(verb, configuration) of every recipe of that name."""
+    found = [(verb, function()) for verb, recipe, function in _recipes() if recipe == name]
+    if not found:
+        known = [recipe for _, recipe, _ in _recipes()]
+        raise SetupError(f"unknown recipe '{name}'{nearest(name, known)} Known: {', '.join(known)}")
+    return found
+
+
+def _described(function: Any) -> str:
+    return " ".join((function.__doc__ or "").split())
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _as_yaml(value: Any) -> str:
+    return yaml.safe_dump(value, default_flow_style=True, allow_unicode=True).removesuffix("...\n").strip()
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_number, value))
+    return "none" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _columns(*headers: str) -> Table:
+    table = Table(box=None, show_header=bool(headers), pad_edge=False, padding=(0, 2, 0, 0))
+    for header in headers:
+        table.add_column(Text(header))
+    return table
+
+
+def _stdout() -> Console:
+    return Console(highlight=False)
+
+
+def _stderr() -> Console:
+    return Console(stderr=True, highlight=False)

@@ -1,0 +1,174 @@
+"""Messages to token ids, through the model's own chat template and nothing else.
+
+Template text is tokenised once and brings its own special tokens; no second set is added.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jinja2.exceptions import TemplateError
+
+from ppomax.types import Dialogue, Message, SetupError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# The newline stands before a turn, not after it, so that a dialogue ends exactly at its eos; prompts are the same ids.
+CHATML = (
+    "{% for message in messages %}{% if not loop.first %}{{ '\\n' }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '\\n<|im_start|>assistant\\n' }}{% endif %}"
+)
+# No blank after the cue "Assistant:": the first token of an answer carries it, as in running text.
+ROLE_TAGS = (
+    "{% for message in messages %}{% if not loop.first %}{{ '\\n\\n' }}{% endif %}"
+    "{% if message['role'] == 'assistant' %}{{ 'Assistant: ' + message['content'] | trim + eos_token }}"
+    "{% else %}{{ ('Human: ' if message['role'] == 'user' else '') + message['content'] | trim }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"
+)
+NAMED_TEMPLATES = {"chatml": CHATML, "role-tags": ROLE_TAGS}
+
+
+def chat_template(name_or_file: str) -> str:
+    """The Jinja text of a built-in template (`chatml`, `role-tags`) or of a file."""
+    if name_or_file in NAMED_TEMPLATES:
+        return NAMED_TEMPLATES[name_or_file]
+    path = Path(name_or_file)
+    if not path.is_file():
+        raise SetupError(
+            f"chat template {name_or_file!r}: no such file. "
+            f"Expected a file with a Jinja template, or one of: {', '.join(NAMED_TEMPLATES)}"
+        )
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SetupError(f"chat template {name_or_file}: not UTF-8 text ({error})") from error
+
+
+def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str | None = None) -> PreTrainedTokenizerBase:
+    """Give the tokenizer the template that training needs, in place, and check it on a small dialogue.
+
+    `template` (a name or a file) replaces the tokenizer's own. A ChatML template that invents a system prompt where
+    the data has none is replaced by plain ChatML; any other is left as it is.
+    """
+    name = tokenizer.name_or_path or type(tokenizer).__name__
+    if tokenizer.eos_token_id is None:
+        raise SetupError(f"tokenizer {name}: it has no eos token, so nothing can end a response; set its eos_token")
+    if template is not None:
+        tokenizer.chat_template = chat_template(template)
+    if not tokenizer.chat_template:
+        raise SetupError(
+            f"tokenizer {name}: it has no chat template. Give one with --compute.chat-template FILE, "
+            f"or a built-in one by name: {', '.join(NAMED_TEMPLATES)}"
+        )
+    question = Message(role="user", content="Hello?")
+    if template is None and "<|im_start|>system\n" in _template_text(tokenizer, [question]):
+        tokenizer.chat_template = CHATML
+    turns = (question, Message(role="assistant", content="Hello.")) * 2
+    render_dialogue(tokenizer, Dialogue(turns, key=""), max_length=1_000_000)
+    return tokenizer
+
+
+def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> list[int]:
+    """Token ids of a prompt, ending with the template's cue for an assistant turn."""
+    return _template_ids(tokenizer, messages, cue=True)
+
+
+def render_response(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of an answer, its eos included: what the template puts after the ids of a prompt."""
+    question = Message(role="user", content="Hello?")
+    ids, start = _turn_ids(tokenizer, [question, Message(role="assistant", content=text)])
+    return ids[start:]
+
+
+def render_dialogue(
+    tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, max_length: int
+) -> tuple[list[int], list[bool]]:
+    """Token ids of a dialogue and its loss mask, both cut on the right at `max_length`.
+
+    The mask is True on the tokens of every assistant turn, its eos included, and False on all else; the ids end at
+    the eos of the last assistant turn. Plain text is tokenised as the tokenizer does it, and all of it counts. A mask
+    without True (the first answer begins after the cut) means that there is nothing to learn.
+    """
+    if dialogue.text is not None:
+        ids = list(tokenizer(dialogue.text)["input_ids"])[:max_length]
+        return ids, [True] * len(ids)
+    answers = [i for i, message in enumerate(dialogue.messages) if message["role"] == "assistant"]
+    if not answers:
+        raise ValueError("render_dialogue: found no assistant turn, expected at least one")
+    ids, start = _turn_ids(tokenizer, dialogue.messages[: answers[-1] + 1])
+    mask = [False] * start + [True] * (len(ids) - start)
+    for i in answers[:-1]:
+        earlier, start = _turn_ids(tokenizer, dialogue.messages[: i + 1])
+        _expect_prefix(ids, earlier, tokenizer)
+        mask[start : len(earlier)] = [True] * (len(earlier) - start)
+    return ids[:max_length], mask[:max_length]
+
+
+def fit_prompt(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], max_tokens: int
+) -> tuple[Message, ...] | None:
+    """The newest part of a prompt that renders to at most `max_tokens` ids; None where no part does.
+
+    Whole exchanges are dropped, oldest first, so that what is left starts with a user turn; a system message and the
+    last user turn are never dropped.
+    """
+    system = tuple(messages[:1]) if messages and messages[0]["role"] == "system" else ()
+    turns = tuple(messages[len(system) :])
+    starts = [0] + [i for i in range(1, len(turns)) if turns[i]["role"] == "user"]
+    for start in starts:
+        kept = system + turns[start:]
+        if len(render_prompt(tokenizer, kept)) <= max_tokens:
+            return kept
+    return None
+
+
+def _turn_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[list[int], int]:
+    """Ids up to the eos of the last message, an assistant turn, and where that turn begins.
+
+    What the template puts after the eos is dropped.
+    """
+    ids = _template_ids(tokenizer, messages, cue=False)
+    prompt = _template_ids(tokenizer, messages[:-1], cue=True)
+    _expect_prefix(ids, prompt, tokenizer)
+    end = len(ids)
+    while end > len(prompt) and ids[end - 1] != tokenizer.eos_token_id:
+        end -= 1
+    if end == len(prompt):
+        raise SetupError(
+            f"chat template of {tokenizer.name_or_path or 'the tokenizer'}: it does not end an assistant turn with the "
+            f"eos token {tokenizer.eos_token!r}, so the model would never learn to stop. "
+            "Set the tokenizer's eos_token to the template's end of turn, or give another --compute.chat-template"
+        )
+    return ids[:end], len(prompt)
+
+
+def _expect_prefix(ids: list[int], prefix: list[int], tokenizer: PreTrainedTokenizerBase) -> None:
+    if ids[: len(prefix)] != prefix:
+        at = next((i for i, (a, b) in enumerate(zip(ids, prefix, strict=False)) if a != b), min(len(ids), len(prefix)))
+        raise SetupError(
+            f"chat template of {tokenizer.name_or_path or 'the tokenizer'}: a dialogue does not start with the ids of "
+            f"its own prefix (they part at token {at}: prefix {tokenizer.decode(prefix[at : at + 5])!r}, dialogue "
+            f"{tokenizer.decode(ids[at : at + 5])!r}), so a loss mask cannot be made. Give another --compute.chat-template"
+        )
+
+
+def _template_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, cue: bool) -> list[int]:
+    # Special tokens are written by the template itself: adding the tokenizer's own would double the bos.
+    return list(tokenizer(_template_text(tokenizer, messages, cue=cue), add_special_tokens=False)["input_ids"])
+
+
+def _template_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, cue: bool = False) -> str:
+    try:
+        turns = [{"role": message["role"], "content": message["content"]} for message in messages]
+        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=cue)
+    except TemplateError as error:
+        roles = ", ".join(message["role"] for message in messages) or "none"
+        raise SetupError(
+            f"chat template of {tokenizer.name_or_path or 'the tokenizer'}: it refuses a dialogue with the roles "
+            f"{roles}: {error}. Change the data, or give another --compute.chat-template"
+        ) from error
+    return str(text)

@@ -1,0 +1,173 @@
+"""Opening data: a spec string in, rows with their place in the file out.
+
+A spec is a local file (`.jsonl`, `.jsonl.gz`, `.json` holding a list, `.parquet`) or a hub dataset
+`owner/name[:split]`, optionally followed by `#source=NAME`, which labels every row that comes from it.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ppomax.types import DataError, SetupError
+
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.+-]+(\[[\d:%-]*\])?)?")
+# A dot before a digit is a version, as in `owner/name-2.5`, not the extension of a file.
+_EXTENSION = re.compile(r"\.[A-Za-z]\w{0,7}$")
+_FORMATS = ".jsonl, .jsonl.gz, .json (holding a list) or .parquet"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One JSON object with its place (`file:line`) and the source label of its spec, if that has one."""
+
+    fields: dict[str, Any]
+    place: str
+    source: str | None
+
+
+def check_spec(spec: str) -> None:
+    """Raise DataError unless `spec` names an existing local file of a known format or looks like a hub dataset."""
+    name, _ = _split_spec(spec)
+    path = Path(name)
+    if not name:
+        raise DataError(f"{spec!r}: no file named, expected a local file ({_FORMATS}) or owner/name[:split]")
+    if path.is_dir():
+        raise DataError(f"{name}: is a directory, expected a file ({_FORMATS})")
+    if path.exists():
+        if _format(path) is None:
+            raise DataError(f"{name}: unknown file format, expected {_FORMATS}")
+        return
+    if _looks_local(name):
+        raise DataError(
+            f"{name}: no such file. Expected a local file ({_FORMATS}) or a hub dataset written as owner/name[:split]"
+        )
+
+
+def iter_rows(spec: str) -> Iterator[Row]:
+    """Stream the rows of one spec, each with its `file:line` (items of lists and tables count from 1)."""
+    check_spec(spec)
+    name, source = _split_spec(spec)
+    path = Path(name)
+    if not path.exists():
+        rows = _hub_rows(name)
+    else:
+        rows = {"jsonl": _jsonl_rows, "json": _json_rows, "parquet": _parquet_rows}[_format(path) or ""](path)
+    for number, value in rows:
+        place = f"{name}:{number}"
+        if not isinstance(value, dict):
+            raise DataError(f'{place}: found {_json_type(value)}, expected a JSON object such as {{"prompt": ...}}')
+        yield Row(value, place, source)
+
+
+def _split_spec(spec: str) -> tuple[str, str | None]:
+    name, tag, source = spec.rpartition("#source=")
+    if not tag:
+        return spec, None
+    if not source:
+        raise DataError(f"{spec}: found an empty source, expected PATH#source=NAME")
+    return name, source
+
+
+def _looks_local(name: str) -> bool:
+    return name[:1] in (".", "/", "~") or bool(_EXTENSION.search(name)) or not _HUB_NAME.fullmatch(name)
+
+
+def _format(path: Path) -> str | None:
+    endings = {".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".json": "json", ".parquet": "parquet"}
+    return next((kind for ending, kind in endings.items() if path.name.lower().endswith(ending)), None)
+
+
+def _jsonl_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    opener = gzip.open if path.name.lower().endswith(".gz") else open
+    try:
+        # Bytes, so that only "\n" ends a line and invalid UTF-8 is found with its line number.
+        with opener(path, "rb") as file:
+            for number, line in enumerate(file, start=1):
+                if number == 1:
+                    line = line.removeprefix(b"\xef\xbb\xbf")
+                if line.strip():
+                    yield number, _parse(_decode(line, f"{path}:{number}"), f"{path}:{number}", path.name)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: damaged gzip file ({error}); copy or download it again") from error
+
+
+def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    value = _parse(_decode(path.read_bytes().removeprefix(b"\xef\xbb\xbf"), str(path)), str(path), path.name)
+    if not isinstance(value, list):
+        raise DataError(
+            f"{path}: found {_json_type(value)}, expected a list of objects. "
+            "Put the rows in one list, or write one object a line into a .jsonl file"
+        )
+    yield from enumerate(value, start=1)
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    pyarrow = _optional("pyarrow", f"{path}: reading Parquet")
+    parquet = _optional("pyarrow.parquet", f"{path}: reading Parquet")
+    try:
+        number = 0
+        with parquet.ParquetFile(path) as table:
+            for batch in table.iter_batches():
+                for value in batch.to_pylist():
+                    number += 1
+                    yield number, value
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path}: not a readable Parquet file ({error})") from error
+
+
+def _hub_rows(name: str) -> Iterator[tuple[int, Any]]:
+    datasets = _optional("datasets", f"{name}: no such file, and reading it as a hub dataset")
+    owner_and_name, _, split = name.partition(":")
+    try:
+        rows = datasets.load_dataset(owner_and_name, split=split or "train")
+    except Exception as error:
+        # The hub client raises many unrelated types; all of them mean that the name could not be read.
+        raise DataError(
+            f"{name}: no such file, and as a hub dataset (split {split or 'train'}) it could not be read: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    yield from enumerate(rows, start=1)
+
+
+def _optional(module: str, purpose: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        package = module.partition(".")[0]
+        raise SetupError(f"{purpose} needs `{package}`: pip install 'ppomax[hub]'") from error
+
+
+def _decode(data: bytes, place: str) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{place}: invalid UTF-8, byte 0x{data[error.start]:02x} at offset {error.start}; save the file as UTF-8"
+        ) from error
+
+
+def _parse(text: str, place: str, name: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        # In .jsonl the place is already the line; in .json the parser knows the line.
+        line = f"line {error.lineno}, " if name.lower().endswith(".json") else ""
+        start = text[:60].rstrip()
+        raise DataError(
+            f"{place}: malformed JSON, {line}column {error.colno}: {error.msg}. "
+            f"It starts with: {start}{'...' if len(text.rstrip()) > 60 else ''}"
+        ) from error
+
+
+def _json_type(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
+    return names.get(type(value), "a number")

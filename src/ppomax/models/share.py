@@ -1,0 +1,41 @@
+"""One frozen trunk in memory for all players: their lower layers must be equal, and are then the same objects."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ppomax.models.players import Player
+from ppomax.types import SetupError
+
+
+def first_difference(a: Player, b: Player) -> str | None:
+    """The name of the first parameter of the frozen lower layers that differs between two players, or None."""
+    ours, theirs = dict(_lower_parameters(a)), dict(_lower_parameters(b))
+    for name, tensor in ours.items():
+        other = theirs.get(name)
+        if other is None or other.shape != tensor.shape or not torch.equal(other, tensor):
+            return name
+    return None if ours.keys() == theirs.keys() else next(iter(theirs.keys() - ours.keys()))
+
+
+def share_trunk(first: Player, other: Player, *, roles: tuple[str, str]) -> None:
+    """Let `other` use the embeddings and frozen lower layers of `first`; SetupError if they are not equal."""
+    different = first_difference(first, other)
+    if different is not None:
+        raise SetupError(
+            f"train_layers: the frozen lower layers of {roles[0]} and {roles[1]} differ, first in {different}; expected "
+            "both trained from the same model with the same train_layers. Train them so, or set train_layers to None"
+        )
+    count = len(first.base.layers) - (first.train_layers or 0)
+    for i in range(count):
+        other.base.layers[i] = first.base.layers[i]
+    other.base.set_input_embeddings(first.base.get_input_embeddings())
+    if getattr(other.model.config, "tie_word_embeddings", False) and hasattr(other.model, "tie_weights"):
+        other.model.tie_weights()  # type: ignore[operator]
+
+
+def _lower_parameters(player: Player) -> list[tuple[str, nn.Parameter]]:
+    count = len(player.base.layers) - (player.train_layers or 0)
+    embeddings = player.base.get_input_embeddings().named_parameters(prefix="embeddings")
+    return [*embeddings, *player.base.layers[:count].named_parameters(prefix="layers")]

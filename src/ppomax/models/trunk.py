@@ -1,0 +1,43 @@
+"""States of the frozen lower layers, computed once for rows that are read many times."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ppomax.data.batches import token_budget_batches
+from ppomax.models.players import Player
+from ppomax.types import TokenBatch, token_batch
+
+LARGEST_BYTES = 2 * 2**30
+
+
+def trunk_states(player: Player, rows: Sequence[Sequence[int]], *, budget: int) -> list[Tensor] | None:
+    """States [T, H] of every row (token ids), or None where nothing is frozen or they would take over 2 GiB.
+
+    The microbatches depend on the rows alone, so that a resumed run sees the same numbers bit for bit.
+    """
+    weight = player.base.get_input_embeddings().weight
+    if player.train_layers is None:
+        return None
+    if sum(map(len, rows)) * weight.shape[1] * weight.element_size() > LARGEST_BYTES:
+        return None
+    states: list[Tensor] = [weight.new_zeros(0)] * len(rows)
+    for group in token_budget_batches([len(row) for row in rows], budget=budget, max_rows=len(rows)):
+        batch = token_batch([rows[i][:1] for i in group], [rows[i][1:] for i in group], device=str(weight.device))
+        for i, state in zip(group, player.trunk(batch), strict=True):
+            states[i] = state[: len(rows[i])].clone()
+    return states
+
+
+def with_states(batch: TokenBatch, states: Sequence[Tensor] | None) -> TokenBatch:
+    """The batch with the states of its rows, padded with zeros (which nothing that counts can see)."""
+    if states is None:
+        return batch
+    B, T = batch.ids_BT.shape
+    padded = states[0].new_zeros(B, T, states[0].shape[-1])
+    for b, state in enumerate(states):
+        padded[b, : len(state)] = state
+    return batch.with_trunk(padded)

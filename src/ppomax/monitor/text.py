@@ -1,0 +1,177 @@
+"""Is the text still worth reading? Measures over lists of responses that the KL to the reference does not show.
+
+Tokens here are words: runs of Latin letters and apostrophes, lower case. Every other letter (Chinese, say) is a token
+of its own, so the same measures run over characters where a script has no spaces.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+import snowballstemmer
+
+_LATIN = "a-zà-öø-ɏ"
+_TOKEN = re.compile(rf"[{_LATIN}']+|[^\W\d_]")
+_RUN = re.compile(rf"(?:(?![{_LATIN}])[^\W\d_])+")
+_STEMMER = snowballstemmer.stemmer("english")
+
+_STOP_WORDS = frozenset(
+    re.findall(
+        r"\w+",
+        """
+        about above after again all also always and another any anyone anything are aren because been before being
+        below best between both but can cannot could couldn did didn does doesn doing don done down during each ever
+        every for from further get give gets got had hadn has hasn have haven having her here hers herself him himself
+        his how into isn its itself just know let lets like made make makes many may maybe might more most much must
+        mustn myself need never nor not now off once one ones only other our ours ourselves out over own please quite
+        really same say shall shan she should shouldn some something such tell than that the their theirs them
+        themselves then there these they thing things this those through too under until use very want was wasn way
+        were weren what when where which while who whom whose why will with won would wouldn yes yet you your yours
+        yourself yourselves
+        """,
+    )
+)
+
+
+class TopicShare(NamedTuple):
+    """`share` of the responses whose prompt has content words; `left_out` counts the prompts that have none."""
+
+    share: float
+    left_out: int
+
+
+def tokens(text: str) -> list[str]:
+    """Lower-case words of Latin script; every other letter by itself. Digits and punctuation are dropped."""
+    found = _TOKEN.findall(text.lower().replace("\u2019", "'"))
+    return [token for token in (t.strip("'") for t in found) if token]
+
+
+def distinct_n(texts: Sequence[str], n: int) -> float:
+    """Distinct n-grams over all n-grams of the texts together (Li et al. 2016); 0 where there is no n-gram.
+
+    The value falls as texts are added: compare only sets of about the same size.
+    """
+    grams = [gram for text in texts for gram in _ngrams(tokens(text), n)]
+    return len(set(grams)) / len(grams) if grams else 0.0
+
+
+def content_stems(text: str) -> frozenset[str]:
+    """What the text is about: stems of its words longer than 2 letters that are not on the stop list.
+
+    Letters of other scripts count as the pairs of neighbours in each run of them.
+    """
+    lowered = text.lower()
+    bigrams = {run[i : i + 2] for run in _RUN.findall(lowered) for i in range(len(run) - 1)}
+    words = {token.split("'")[0] for token in tokens(text) if re.match(f"[{_LATIN}]", token)}
+    content = sorted(word for word in words if len(word) > 2 and word not in _STOP_WORDS)
+    return frozenset(_STEMMER.stemWords(content)) | bigrams
+
+
+def on_topic_share(prompts: Sequence[str], responses: Sequence[str]) -> TopicShare:
+    """The share of responses that hold at least one content stem of their prompt.
+
+    Prompts without content words are left out and counted; NaN where none is left.
+    """
+    hits, left_out = [], 0
+    for prompt, response in zip(prompts, responses, strict=True):
+        stems = content_stems(prompt)
+        if stems:
+            hits.append(not stems.isdisjoint(content_stems(response)))
+        else:
+            left_out += 1
+    return TopicShare(_mean(hits), left_out)
+
+
+def top_opening_share(texts: Sequence[str], words: int = 3) -> tuple[str, float]:
+    """The most frequent first `words` words and the share of texts that open with them (all texts count)."""
+    return _top_share([tokens(text)[:words] for text in texts])
+
+
+def top_closing_share(texts: Sequence[str], words: int = 3) -> tuple[str, float]:
+    """The most frequent last `words` words and the share of texts that close with them (all texts count)."""
+    return _top_share([tokens(text)[-words:] for text in texts])
+
+
+def is_degenerate(text: str) -> bool:
+    """True for text that no reader would accept as an answer, whatever it is about. Any one of:
+
+    1. it has no letter at all (empty, only digits or punctuation);
+    2. it has control characters, U+FFFD or code points without a character;
+    3. three words or more, all the same, or one word four times in a row;
+    4. of at least 6 words, one word makes up more than 40%;
+    5. of at least 8 words, more than half lie in a 3-gram that occurs more than once (a loop).
+
+    Word salad without repetition is not found by these rules; perplexity and a judge have to find it.
+    """
+    words = tokens(text)
+    if not words or any(_is_non_printing(c) for c in text):
+        return True
+    if len(words) >= 3 and len(set(words)) == 1:
+        return True
+    if max(sum(1 for _ in run) for _, run in groupby(words)) >= 4:
+        return True
+    if len(words) >= 6 and Counter(words).most_common(1)[0][1] > 0.4 * len(words):
+        return True
+    return len(words) >= 8 and _looped_share(words) > 0.5
+
+
+def degenerate_share(texts: Sequence[str]) -> float:
+    """The share of texts for which `is_degenerate` holds; NaN for no texts."""
+    return _mean([is_degenerate(text) for text in texts])
+
+
+def text_health(prompts: Sequence[str], responses: Sequence[str]) -> dict[str, float]:
+    """All measures of this file for one batch of responses, under the names that the metrics use."""
+    topic = on_topic_share(prompts, responses)
+    return {
+        "on_topic_share": topic.share,
+        "on_topic_left_out": float(topic.left_out),
+        "top_opening_share": top_opening_share(responses)[1],
+        "top_closing_share": top_closing_share(responses)[1],
+        "distinct_1": distinct_n(responses, 1),
+        "distinct_2": distinct_n(responses, 2),
+        "degenerate_share": degenerate_share(responses),
+    }
+
+
+def _ngrams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
+    return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+
+
+def _looped_share(words: Sequence[str]) -> float:
+    """The share of word positions that some repeated 3-gram covers."""
+    grams = _ngrams(words, 3)
+    counts = Counter(grams)
+    covered = {i + offset for i, gram in enumerate(grams) if counts[gram] > 1 for offset in range(3)}
+    return len(covered) / len(words)
+
+
+def _top_share(phrases: Sequence[list[str]]) -> tuple[str, float]:
+    if not phrases:
+        return "", math.nan
+    counts = Counter(_join(phrase) for phrase in phrases if phrase)
+    if not counts:
+        return "", 0.0
+    # Ties go to the alphabetically first phrase, so that the order of the texts does not matter.
+    phrase, count = min(counts.items(), key=lambda item: (-item[1], item[0]))
+    return phrase, count / len(phrases)
+
+
+def _join(phrase: Sequence[str]) -> str:
+    return ("" if all(_RUN.fullmatch(token) for token in phrase) else " ").join(phrase)
+
+
+def _is_non_printing(character: str) -> bool:
+    if character in "\n\r\t":
+        return False
+    return character == "\ufffd" or unicodedata.category(character) in ("Cc", "Cn", "Co", "Cs")
+
+
+def _mean(values: Sequence[bool]) -> float:
+    return sum(values) / len(values) if values else math.nan

@@ -1,0 +1,237 @@
+"""The verdict of a run: its headline numbers, what they mean in a sentence, and how systems compare."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+from ppomax.monitor.run_files import RunFiles, last_finite, number
+
+Tone = Literal["good", "bad", "plain"]
+_JUDGES = {
+    "gold": "gold judge",
+    "plain": "gold judge without guards",
+    "gold_plain": "gold judge without guards",
+    "gold_guarded": "gold judge with guards",
+    "guarded": "gold judge with guards",
+    "reward": "reward model",
+}
+
+
+@dataclass(frozen=True)
+class Number:
+    """A big number of the headline."""
+
+    label: str
+    value: str
+    note: str = ""
+    tone: Tone = "plain"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Win, tie and lose shares of the trained model against its start, by one judge or on one source."""
+
+    name: str
+    win: float
+    tie: float
+    lose: float
+    win_rate: float
+    ci95: tuple[float, float] | None
+
+    @property
+    def percent(self) -> str:
+        """`85% (80 to 90%)`."""
+        interval = f" ({self.ci95[0]:.0%} to {self.ci95[1]:.0%})" if self.ci95 else ""
+        return f"{self.win_rate:.0%}{interval}"
+
+
+@dataclass(frozen=True)
+class Change:
+    """A measure before and after training; `concern` says why the change is worrying, or is empty."""
+
+    label: str
+    before: str
+    after: str
+    concern: str = ""
+
+
+def comparisons(root: RunFiles, chapters: Mapping[str, RunFiles]) -> list[Comparison]:
+    """Every mapping with a `win_rate` in the summaries, the gold judge first, without repetition."""
+    found: dict[str, Comparison] = {}
+    for run in (root, chapters.get("evaluate")):
+        for name, entry in _entries(run.summary if run else {}):
+            found.setdefault(name, entry)
+    return sorted(found.values(), key=lambda entry: not entry.name.startswith("gold judge"))
+
+
+def headline(root: RunFiles, chapters: Mapping[str, RunFiles]) -> list[Number]:
+    """The big numbers for which the run has values."""
+    find = partial(_find, root, chapters)
+    numbers: list[Number] = []
+    compared = comparisons(root, chapters)
+    if compared:
+        best = compared[0]
+        interval = f"95% interval {best.ci95[0]:.0%} to {best.ci95[1]:.0%}" if best.ci95 else ""
+        numbers.append(Number(f"win rate, {best.name}", f"{best.win_rate:.0%}", interval, _tone(best)))
+    accuracy = find("reward_accuracy", ("reward", "heldout_accuracy"), ("reward", "accuracy"))
+    if math.isfinite(accuracy):
+        tone: Tone = "good" if accuracy >= 0.75 else "bad" if accuracy < 0.6 else "plain"
+        note = "of held-out pairs; guessing gives 50%"
+        numbers.append(Number("reward model accuracy", f"{accuracy:.0%}", note, tone))
+    kl = find("kl_per_sequence", ("ppo", "kl_per_sequence"))
+    if math.isfinite(kl):
+        numbers.append(Number("KL to the start", f"{kl:.1f}", "nats per response", "bad" if kl > 15 else "plain"))
+    before = find("length_before", first=("ppo", "response_length"))
+    after = find("length_after", ("ppo", "response_length"))
+    if math.isfinite(before) and math.isfinite(after):
+        numbers.append(Number("response length", f"{before:.0f} \u2192 {after:.0f}", "tokens, before and after"))
+    iterations = find("iterations", ("ppo", "iteration"))
+    wall = find("wall_seconds")
+    if math.isfinite(wall):
+        note = f"{iterations:.0f} PPO iterations" if math.isfinite(iterations) else ""
+        numbers.append(Number("wall time", duration(wall), note))
+    elif math.isfinite(iterations):
+        numbers.append(Number("PPO iterations", f"{iterations:.0f}"))
+    return numbers
+
+
+def sentences(root: RunFiles, chapters: Mapping[str, RunFiles], alarms: int) -> list[str]:
+    """The verdict in words, first what was gained, then what was paid for it."""
+    words: list[str] = []
+    compared = comparisons(root, chapters)
+    if compared:
+        best = compared[0]
+        low, high = best.ci95 or (best.win_rate, best.win_rate)
+        if low > 0.5:
+            outcome = "The trained model is better than the model it started from"
+        elif high < 0.5:
+            outcome = "The trained model is worse than the model it started from"
+        else:
+            outcome = "No clear difference between the trained model and the model it started from"
+        words.append(
+            f"{outcome}: on held-out prompts, the {best.name} prefers its answer in {best.win:.0%} of the comparisons, "
+            f"calls {best.tie:.0%} a tie, and prefers the old answer in {best.lose:.0%}."
+        )
+    concerns = [change.concern for change in changes(root, chapters) if change.concern]
+    words.extend(concerns)
+    if changes(root, chapters) and not concerns:
+        words.append("The text has kept its variety and its topic, as far as the measures below can tell.")
+    if alarms:
+        words.append(f"{alarms} alarm{'s' if alarms > 1 else ''} went off during PPO: see that chapter.")
+    return words
+
+
+def changes(root: RunFiles, chapters: Mapping[str, RunFiles]) -> list[Change]:
+    """Measures that the summaries hold as `<name>_before` and `<name>_after`, or inside `gold`."""
+    find = partial(_find, root, chapters)
+    rows: list[Change] = []
+    for key, label, kind, worry in _MEASURES:
+        before, after = find(f"{key}_before"), find(f"{key}_after")
+        if key == "gold":
+            before, after = find("gold.mean_before"), find("gold.mean_after")
+        if math.isfinite(before) and math.isfinite(after):
+            concern = worry.format(before=before, after=after) if _is_worrying(key, before, after) else ""
+            rows.append(Change(label, format(before, kind), format(after, kind), concern))
+    return rows
+
+
+def stage_seconds(root: RunFiles) -> list[tuple[str, float]]:
+    """Seconds of each stage, in the order of the summary."""
+    stages = root.summary.get("stage_seconds")
+    pairs = [(str(k), number(v)) for k, v in stages.items()] if isinstance(stages, Mapping) else []
+    return [(name, seconds) for name, seconds in pairs if math.isfinite(seconds) and seconds > 0]
+
+
+def duration(seconds: float) -> str:
+    """`48 s`, `5 min 12 s` or `2 h 05 min`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+_MEASURES = (
+    ("gold", "gold score, mean", ".2f", ""),
+    ("reward", "score of the reward model, mean", ".2f", ""),
+    ("length", "response length, tokens", ".1f",
+     "Answers went from {before:.0f} to {after:.0f} tokens: look at the samples."),
+    ("topic", "answers that mention something of their prompt", ".0%",
+     "Fewer answers stay on their prompt's topic: {before:.0%} before, {after:.0%} after."),
+    ("distinct2", "distinct pairs of words", ".2f",
+     "The wording has become less varied: distinct word pairs went from {before:.2f} to {after:.2f}."),
+    ("perplexity", "perplexity of the answers", ".2f", ""),
+    ("opening", "share of the commonest opening", ".1%", "{after:.0%} of the answers open with the same words."),
+    ("closing", "share of the commonest closing", ".1%", "{after:.0%} of the answers close with the same words."),
+    ("degenerate", "degenerate answers", ".1%", "{after:.1%} of the answers are broken text."),
+)  # fmt: skip
+
+
+def _is_worrying(key: str, before: float, after: float) -> bool:
+    tests = {
+        "length": after > 1.8 * before or after < 0.5 * before,
+        "topic": after < before - 0.10,
+        "distinct2": after < 0.8 * before,
+        "opening": after > 0.10,
+        "closing": after > 0.10,
+        "degenerate": after > 0.01,
+    }
+    return tests.get(key, False)
+
+
+def _tone(entry: Comparison) -> Tone:
+    low, high = entry.ci95 or (entry.win_rate, entry.win_rate)
+    return "good" if low > 0.5 else "bad" if high < 0.5 else "plain"
+
+
+def _entries(summary: Mapping[str, Any], prefix: Sequence[str] = ()) -> Iterator[tuple[str, Comparison]]:
+    """Depth-first over the summary; a mapping with a win rate is named after the keys that lead to it."""
+    rate = number(summary.get("win_rate"))
+    if math.isfinite(rate):
+        known = {key: number(summary.get(key)) for key in ("win", "tie", "lose")}
+        win, tie, lose = (known["win"], known["tie"], known["lose"]) if all(map(math.isfinite, known.values())) else (
+            rate, 0.0, 1 - rate)  # fmt: skip
+        interval = summary.get("ci95")
+        pair = [number(v) for v in interval] if isinstance(interval, list | tuple) else []
+        ci95 = (pair[0], pair[1]) if len(pair) == 2 and all(map(math.isfinite, pair)) else None
+        name = _comparison_name(prefix)
+        yield name, Comparison(name, win, tie, lose, rate, ci95)
+    for key, value in summary.items():
+        if isinstance(value, Mapping):
+            yield from _entries(value, (*prefix, str(key)))
+
+
+def _comparison_name(keys: Sequence[str]) -> str:
+    words = ", ".join(_JUDGES.get(key, key.replace("_", " ")) for key in keys) or "judge"
+    best_of = re.fullmatch(r"best of,? (\d+)", words)
+    return f"best of {best_of[1]} (no PPO)" if best_of else words
+
+
+def _find(
+    root: RunFiles,
+    chapters: Mapping[str, RunFiles],
+    key: str,
+    *last: tuple[str, str],
+    first: tuple[str, str] | None = None,
+) -> float:
+    """A number of the summaries (a dot enters a mapping), else of (stage, metric): its `last` or `first` row."""
+    for summary in (root.summary, *(run.summary for run in reversed(list(chapters.values())))):
+        value: Any = summary
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, Mapping) else None
+        if math.isfinite(number(value)):
+            return number(value)
+    for stage, name in last:
+        run = chapters.get(stage)
+        for value in (number(run.summary.get(name)), last_finite(run.metrics, name)) if run else ():
+            if math.isfinite(value):
+                return value
+    if first and first[0] in chapters:
+        return last_finite(chapters[first[0]].metrics[:1], first[1])
+    return math.nan

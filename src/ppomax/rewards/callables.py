@@ -1,0 +1,81 @@
+"""A reward that is any Python callable, named as `module:function` or passed as an object."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ppomax.types import DataError, Message, SetupError
+
+# (prompts, responses, **columns) → one number per response, or one list of per-token numbers per response.
+RewardFunction = Callable[..., Sequence[float] | Sequence[Sequence[float]]]
+
+
+def load_function(spec: str) -> RewardFunction:
+    """Import `module:function`; modules of the working directory count."""
+    module_name, _, name = spec.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        module = importlib.import_module(module_name)
+    except (ImportError, ValueError) as error:
+        raise SetupError(f"{spec}: cannot import module '{module_name}' ({error}), expected module:function") from None
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise SetupError(f"{spec}: found no callable '{name}' in {module_name}, expected module:function")
+    return function
+
+
+def call(
+    function: RewardFunction, prompts: Sequence[Sequence[Message]], responses: Sequence[str],
+    columns: Mapping[str, Sequence[Any]], *, name: str, lengths: Sequence[int] | None = None,
+) -> tuple[list[float], list[list[float]] | None]:  # fmt: skip
+    """Call a reward function and check what it gives: (one score per response, per-token rewards or None).
+
+    lengths: response lengths in tokens; a dense reward must have exactly one finite number per token.
+    """
+    given = function([list(p) for p in prompts], list(responses), **columns)
+    values = _plain(given)
+    if not isinstance(values, list):
+        raise DataError(f"reward {name}: found {type(given).__name__}, expected a list with one entry per response")
+    if len(values) != len(responses):
+        raise DataError(f"reward {name}: found {len(values)} values for {len(responses)} responses, expected one each")
+    rows = [_plain(value) for value in values]
+    if not any(isinstance(row, list) for row in rows):
+        return _finite(rows, name, "scores"), None
+    for i, row in enumerate(rows):
+        if not isinstance(row, list):
+            raise DataError(f"reward {name}: response {i}: found {row!r} among lists, expected one number per token")
+        if lengths is not None and len(row) != lengths[i]:
+            raise DataError(f"reward {name}: response {i} has {lengths[i]} tokens, found {len(row)} dense rewards")
+    return [0.0] * len(rows), [_finite(row, name, f"response {i}") for i, row in enumerate(rows)]
+
+
+def shared_columns(columns: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """The rows' other columns as lists, None where a row lacks one."""
+    names = dict.fromkeys(key for row in columns for key in row)
+    return {name: [row.get(name) for row in columns] for name in names}
+
+
+def _plain(value: Any) -> Any:
+    """Arrays, tensors and tuples as lists; a single number or a text as it is."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+
+
+def _finite(values: Sequence[Any], name: str, where: str) -> list[float]:
+    numbers = []
+    for i, value in enumerate(values):
+        try:
+            numbers.append(float(value))
+        except (TypeError, ValueError):
+            numbers.append(math.nan)
+        if not math.isfinite(numbers[-1]):
+            raise DataError(f"reward {name}: {where}, entry {i}: found {value!r}, expected a finite number")
+    return numbers

@@ -1,0 +1,39 @@
+"""Gold judges without people: VADER sentiment, plain and with guards against text that only games it.
+
+Source: Hutto & Gilbert (2014), "VADER"; the use of sentiment as a synthetic judge follows Ziegler et al. (2019).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from ppomax.monitor.text import is_degenerate, on_topic_share
+from ppomax.types import Message, SetupError
+
+OFF_TOPIC = 0.5
+
+
+def sentiment(prompts: Sequence[Sequence[Message]], responses: Sequence[str], **_: Any) -> list[float]:
+    """VADER's compound sentiment in [-1, 1]; empty or degenerate text scores -1."""
+    analyser = _analyser()
+    return [-1.0 if is_degenerate(r) else float(analyser.polarity_scores(r)["compound"]) for r in responses]
+
+
+def gold(prompts: Sequence[Sequence[Message]], responses: Sequence[str], **_: Any) -> list[float]:
+    """`sentiment`, less 0.5 where the response holds no content word of the last user turn."""
+    scores = sentiment(prompts, responses)
+    return [
+        max(score - OFF_TOPIC, -1.0) if on_topic_share([prompt[-1]["content"]], [response]).share == 0.0 else score
+        for score, prompt, response in zip(scores, prompts, responses, strict=True)
+    ]
+
+
+@cache
+def _analyser() -> Any:
+    try:
+        from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+    except ImportError:
+        raise SetupError("the sentiment judge needs vaderSentiment: pip install vaderSentiment") from None
+    return SentimentIntensityAnalyzer()

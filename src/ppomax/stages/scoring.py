@@ -1,0 +1,93 @@
+"""Rollout → ScoredRollouts: every player reads the sampled ids, in the microbatches that training will use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ppomax.data.batches import epoch_order, token_budget_batches
+from ppomax.models.players import at_end, at_responses
+from ppomax.rewards.mixture import score_texts, weighted_sum
+from ppomax.rewards.model import RewardModel
+from ppomax.stages.players import Players
+from ppomax.types import Rollout, ScoredRollouts, TokenBatch, token_batch
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """Some rows of a rollout as one padded batch.
+
+    Scoring and training use the same ones, so that before the first update the ratio is exactly 1 in any precision.
+    """
+
+    rows: tuple[int, ...]
+    batch: TokenBatch
+
+
+@dataclass(frozen=True)
+class TokenStatistics:
+    """Float32 [B, R] of the sampling policy, for the log: exact entropy and log-probs at temperature 1."""
+
+    entropy_BR: Tensor
+    plain_logprobs_BR: Tensor
+
+
+def plan_minibatches(
+    rollout: Rollout, players: Players, *, minibatch: int, budget: int, seed: int, iteration: int
+) -> list[list[Microbatch]]:
+    """Seeded random minibatches of `minibatch` rows, each cut into microbatches of at most `budget` padded tokens."""
+    order = epoch_order(len(rollout), seed=seed, epoch=iteration)
+    responses = rollout.responses()
+    lengths = [len(p) + len(r) for p, r in zip(rollout.prompt_ids, responses, strict=True)]
+    plan = []
+    for start in range(0, len(order), minibatch):
+        members = order[start : start + minibatch]
+        groups = token_budget_batches([lengths[i] for i in members], budget=budget, max_rows=len(members))
+        rows = [tuple(members[i] for i in group) for group in groups]
+        plan.append([Microbatch(r, _batch(rollout, responses, r, players)) for r in rows])
+    return plan
+
+
+def _batch(rollout: Rollout, responses: list[list[int]], rows: Sequence[int], players: Players) -> TokenBatch:
+    batch = token_batch(
+        [rollout.prompt_ids[i] for i in rows], [responses[i] for i in rows], device=str(players.compute.device)
+    )  # fmt: skip
+    return players.trunk(batch)
+
+
+@torch.no_grad()
+def score(
+    players: Players, rollout: Rollout, plan: list[list[Microbatch]], texts: list[str], *, temperature: float,
+    bootstrap: bool,
+) -> tuple[ScoredRollouts, TokenStatistics]:  # fmt: skip
+    """Old, reference and critic readings and every reward term of a rollout; nothing is shaped yet."""
+    B, R = rollout.response_ids_BR.shape
+    old, reference, values, entropy, plain = (torch.zeros(B, R) for _ in range(5))
+    after_B = torch.zeros(B)
+    components, dense_BR = score_texts(players.terms, rollout, texts)
+    readers = [t for t in players.terms if isinstance(t.reward, RewardModel) and t.reward.reads_ids]
+    components |= {term.name: torch.zeros(B) for term in readers}
+    for micro in (m for group in plan for m in group):
+        index, width = torch.tensor(micro.rows), micro.batch.response_width
+        scores = players.policy(micro.batch, temperature=temperature, statistics=True)
+        for target, source in (
+            (old, scores.logprobs_BT),
+            (entropy, scores.entropy_BT),
+            (plain, scores.plain_logprobs_BT),
+            (reference, players.reference(micro.batch, temperature=temperature).logprobs_BT),
+        ):
+            target[index, :width] = at_responses(source, micro.batch).cpu()
+        values_BT = players.critic(micro.batch).values_BT
+        values[index, :width] = at_responses(values_BT, micro.batch, before=True).cpu()
+        after_B[index] = at_end(values_BT, micro.batch).cpu()
+        for term in readers:
+            assert isinstance(term.reward, RewardModel)
+            components[term.name][index] = term.reward.score_ids(micro.batch).cpu()
+    bootstrap_B = torch.where(rollout.truncated_B, after_B, 0.0) if bootstrap else torch.zeros(B)
+    scored = ScoredRollouts(
+        rollout, old, reference, values, weighted_sum(players.terms, components), components, bootstrap_B, dense_BR
+    )  # fmt: skip
+    return scored, TokenStatistics(entropy, plain)

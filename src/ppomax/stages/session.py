@@ -1,0 +1,186 @@
+"""What every training verb shares around its algorithm: run directory, plan, log, checkpoints, interruption."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from rich.console import Console
+from torch import Tensor
+
+from ppomax.config import SaveConfig, Schema
+from ppomax.config.layers import plain
+from ppomax.engine.checkpoint import dry_run, latest_checkpoint, load_checkpoint, save_checkpoint
+from ppomax.engine.durable import write_json_atomic
+from ppomax.engine.rundir import Run, open_run, save_final
+from ppomax.errors import Interrupted
+from ppomax.monitor.log import MetricsLog, drop_rows_after
+from ppomax.monitor.report import write_report
+from ppomax.stages.inputs import expect_same_weights, weights_hash
+from ppomax.types import SetupError
+
+# Settings that may differ between a run and its resumption: they do not change the result.
+NEUTRAL = ("run_dir", "save", "compute.device", "fresh")
+
+
+@dataclass
+class Session:
+    """One training run in progress."""
+
+    run: Run
+    save: SaveConfig
+    unit: str
+    started: float = field(default_factory=time.monotonic)
+    stop_requested: bool = False
+    earlier_seconds: float = 0.0
+    frozen: dict[str, str] = field(default_factory=dict)
+    console: Console = field(default_factory=lambda: Console(stderr=True, highlight=False))
+    log: MetricsLog | None = None
+
+    def finished(self) -> dict[str, Any] | None:
+        """The summary of a run that was finished before, said so; nothing of it is done or written again."""
+        if not self.run.finished:
+            return None
+        self.console.print(f"{self.run.path}: already finished; --fresh starts over", markup=False, soft_wrap=True)
+        return json.loads(self.run.summary.read_text(encoding="utf-8"))
+
+    def plan(self, title: str, facts: Mapping[str, str]) -> None:
+        """Print what is about to happen, before it does."""
+        self.console.print(f"[bold]{title}[/bold]", soft_wrap=True)
+        for name, fact in facts.items():
+            self.console.print(f"  {name:<12} {fact}", markup=False, soft_wrap=True)
+
+    def rehearse(self, bytes_needed: int) -> None:
+        """Dry-run the save: a disk that cannot hold the checkpoints is found before step 1."""
+        dry_run(self.run.checkpoints, bytes_needed)
+
+    def restore(self, frozen: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """Tensors and state of the newest intact checkpoint, if the run goes on from one.
+
+        frozen: the models whose weights the run reads but no checkpoint holds; they must be those it began with.
+        """
+        self.frozen = {name: weights_hash(name) for name in frozen}
+        path, problems = latest_checkpoint(self.run.checkpoints)
+        for problem in problems:
+            self.console.print(f"passed over a damaged checkpoint: {problem}", style="yellow", markup=False)
+        if path is None and problems:
+            raise SetupError(f"{self.run.checkpoints}: no checkpoint is intact; start over with --fresh")
+        last = -1
+        restored = None
+        if path is not None:
+            restored = load_checkpoint(path)
+            for name, fingerprint in restored[1]["frozen"].items():
+                expect_same_weights("frozen model", name, fingerprint)
+            last = int(restored[1][self.unit])
+            self.earlier_seconds = float(restored[1].get("seconds", 0.0))
+            self.console.print(f"going on from {path}", markup=False)
+        drop_rows_after(self.run.samples, last)
+        self.log = MetricsLog(self.run.metrics, self.run.path, last=last)
+        return restored
+
+    def seconds(self) -> float:
+        """Seconds of work so far, earlier parts of a resumed run included."""
+        return self.earlier_seconds + time.monotonic() - self.started
+
+    def checkpoint(self, number: int, last: bool, state: Callable[[], tuple[Mapping[str, Tensor], dict[str, Any]]]) -> None:
+        """Save after `number` if it is due; after an interruption, save and raise Interrupted."""
+        due = (number + 1) % self.save.every == 0 or last
+        if not due and not self.stop_requested:
+            return
+        tensors, values = state()
+        values = {**values, self.unit: number, "seconds": self.seconds(), "frozen": self.frozen}
+        save_checkpoint(self.run.checkpoints, f"{self.unit}-{number}", tensors, values, keep=self.save.keep)
+        if self.stop_requested and not last:
+            raise Interrupted(
+                f"stopped after {self.unit} {number} and saved in {self.run.checkpoints}. "
+                "To go on: the same command with --resume (quickstart: the same command)"
+            )
+
+    def finish(self, export: Callable[[Path], None], summary: Mapping[str, Any]) -> dict[str, Any]:
+        """Write final/, summary.json and report.html."""
+        save_final(self.run.final, export)
+        result = {**summary, "wall_seconds": round(self.seconds(), 2)}
+        write_json_atomic(self.run.summary, result)
+        write_report(self.run.path)
+        return result
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Write one row of measurements; `restore` has opened the log."""
+        assert self.log is not None
+        self.log.append(row)
+
+    def close(self) -> None:
+        """Close the log, if it was opened."""
+        if self.log is not None:
+            self.log.close()
+
+
+@contextmanager
+def opened_run(
+    path: Path, *, verb: str, config: Schema, resume: bool, fresh: bool, ignore: Collection[str]
+) -> Iterator[Run]:
+    """`open_run` for the time of a block. A run that fails before its first result leaves nothing in a directory that
+    was empty, so that the mended command needs no --fresh."""
+    was_there = path.is_dir()
+    was_empty = not was_there or not any(path.iterdir())
+    run = open_run(path, verb=verb, config=plain(config), resume=resume, fresh=fresh, ignore=ignore)
+    try:
+        yield run
+    except BaseException:
+        if was_empty and not _begun(run):
+            shutil.rmtree(path, ignore_errors=True)
+            if was_there:
+                path.mkdir(exist_ok=True)
+        raise
+    finally:
+        run.close()
+
+
+def _begun(run: Run) -> bool:
+    measured = run.metrics.exists() and run.metrics.stat().st_size > 0
+    saved = run.checkpoints.is_dir() and any(run.checkpoints.iterdir())
+    return measured or saved or any(path.exists() for path in (run.final, run.samples, run.summary))
+
+
+@contextmanager
+def session(
+    verb: str, config: Schema, *, run_dir: Path, save: SaveConfig, unit: str, resume: bool, fresh: bool
+) -> Iterator[Session]:
+    """Open the run directory and watch for Ctrl-C and SIGTERM: the first asks for a save, a second stops at once."""
+    with opened_run(run_dir, verb=verb, config=config, resume=resume, fresh=fresh, ignore=NEUTRAL) as run:
+        current = Session(run, save, unit)
+        try:
+            with _asking_to_stop(current):
+                yield current
+        finally:
+            current.close()
+
+
+@contextmanager
+def _asking_to_stop(current: Session) -> Iterator[None]:
+    def ask(number: int, frame: FrameType | None) -> None:
+        if current.stop_requested:
+            raise KeyboardInterrupt
+        current.stop_requested = True
+        warning = f"\nstopping: finishing this {current.unit}, then saving (again: stop at once)"
+        current.console.print(warning, style="yellow")
+
+    handlers = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                handlers[number] = signal.signal(number, ask)
+            except ValueError:  # not in the main thread: the caller's handlers stay
+                break
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

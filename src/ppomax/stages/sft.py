@@ -1,0 +1,147 @@
+"""Supervised fine-tuning: next-token cross-entropy on the assistant's tokens."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppomax.config import SFTConfig
+from ppomax.data.batches import epoch_order, token_budget_batches
+from ppomax.data.readers import read_dialogues
+from ppomax.data.split import split_by_key
+from ppomax.engine.optimiser import Optimiser, learning_rate
+from ppomax.models.load import export, load_causal_lm, load_tokenizer
+from ppomax.models.players import Policy
+from ppomax.models.trunk import trunk_states, with_states
+from ppomax.monitor.progress import progress
+from ppomax.rl.objectives import nll_loss
+from ppomax.stages.inputs import Tokens, compute_of, context_limit, dialogue_tokens, required
+from ppomax.stages.session import Session, session
+from ppomax.types import TokenBatch, token_batch
+
+
+def sft(config: SFTConfig, *, resume: bool = False, fresh: bool = False) -> dict[str, Any]:
+    """Fine-tune a causal LM on dialogues; the model is in `run_dir/final`. Returns summary.json's content."""
+    with session(
+        "sft", config, run_dir=config.run_dir, save=config.save, unit="step", resume=resume, fresh=fresh
+    ) as run:
+        return run.finished() or _train(run, config)
+
+
+def _train(run: Session, config: SFTConfig) -> dict[str, Any]:
+    compute = compute_of(config.compute)
+    dialogues, report = read_dialogues(required(config.data, "data", "dialogues to learn from"))
+    tokenizer = load_tokenizer(config.model, config.compute.chat_template)
+    learn, held = split_by_key(dialogues, config.heldout, config.seed) if config.heldout else (dialogues, [])
+    rows, cut = dialogue_tokens(tokenizer, learn, config.max_length)
+    heldout = dialogue_tokens(tokenizer, held, config.max_length)[0] if held else []
+    per_epoch = -(-len(rows) // config.batch_size)
+    steps = max(1, round(per_epoch * config.epochs))
+    policy = Policy(
+        load_causal_lm(config.model, compute), train_layers=config.compute.train_layers, trained=True,
+        checkpointing=config.compute.gradient_checkpointing,
+    )  # fmt: skip
+    context_limit(policy.model, max(len(row.ids) for row in rows), "longest dialogue")
+    optimiser = Optimiser(policy.trained_parameters(), **adamw(config.optim))
+    size = optimiser.bytes()
+    run.plan(
+        f"sft: {config.model} → {run.run.final}",
+        {
+            "data": f"{report}; {cut}",
+            "rows": f"{len(rows)} to learn ({sum(sum(r.mask) for r in rows):,} answer tokens), {len(heldout)} held out",
+            "steps": f"{steps} = {config.epochs:g} epochs × {per_epoch} of {config.batch_size} dialogues",
+            "schedule": schedule(config.optim, steps),
+            "compute": f"{compute.device}, {str(compute.dtype)[6:]}; checkpoints of {size / 2**30:.2f} GiB",
+        },
+    )
+    run.rehearse(size)
+    restored = run.restore(frozen=[config.model])
+    start = 0
+    if restored is not None:
+        optimiser.load_state_tensors(restored[0])
+        start = int(restored[1]["step"]) + 1
+    budget = config.compute.tokens_per_microbatch
+    states = trunk_states(policy, [row.ids for row in rows], budget=budget)
+    with progress("sft", steps, done=start) as advance:
+        for step in range(start, steps):
+            epoch, within = divmod(step, per_epoch)
+            order = epoch_order(len(rows), seed=config.seed, epoch=epoch)
+            members = order[within * config.batch_size : (within + 1) * config.batch_size]
+            began = time.perf_counter()
+            loss = _step(
+                policy, optimiser, [rows[i] for i in members], None if states is None else [states[i] for i in members],
+                budget, learning_rate(step, steps, **rate(config.optim)),
+            )  # fmt: skip
+            row = {"step": step, "epoch": epoch, **loss, "seconds": time.perf_counter() - began}
+            if heldout and (step % config.eval_every == 0 or step == steps - 1):
+                row["heldout_loss"] = mean_nll(policy, heldout, budget)
+            run.append(row)
+            advance(note=f"loss {loss['loss']:.3f}")
+            run.checkpoint(step, step == steps - 1, lambda: (optimiser.state_tensors(), {}))
+    summary = {
+        "rows": len(rows),
+        "steps": steps,
+        "heldout_loss": mean_nll(policy, heldout, budget) if heldout else None,
+    }
+    return run.finish(lambda folder: export(policy.model, tokenizer, folder), summary)
+
+
+def _step(
+    policy: Policy, optimiser: Optimiser, batch: Sequence[Tokens], states: Sequence[Tensor] | None, budget: int, lr: float
+) -> dict[str, float]:
+    denom = sum(sum(row.mask[1:]) for row in batch)
+    total = 0.0
+    for group in token_budget_batches([len(row.ids) for row in batch], budget=budget, max_rows=len(batch)):
+        tokens, mask_BT = packed([batch[i] for i in group], device=str(next(policy.parameters()).device))
+        tokens = with_states(tokens, None if states is None else [states[i] for i in group])
+        loss = nll_loss(policy(tokens, mask_BT=mask_BT).logprobs_BT, mask_BT, denom=denom)
+        loss.backward()
+        total += float(loss.detach())
+    return {"loss": total, "lr": lr, "grad_norm": optimiser.step(lr), "tokens": float(denom)}
+
+
+@torch.no_grad()
+def mean_nll(policy: Policy, rows: Sequence[Tokens], budget: int) -> float:
+    """Mean negative log-likelihood per counted token, nats."""
+    total, denom = 0.0, sum(sum(row.mask[1:]) for row in rows)
+    for group in microbatches(rows, budget):
+        tokens, mask_BT = packed(group, device=str(next(policy.parameters()).device))
+        total += float(nll_loss(policy(tokens, mask_BT=mask_BT).logprobs_BT, mask_BT, denom=denom))
+    return total
+
+
+def microbatches(rows: Sequence[Tokens], budget: int) -> list[list[Tokens]]:
+    """Rows of similar length under a token budget."""
+    groups = token_budget_batches([len(row.ids) for row in rows], budget=budget, max_rows=len(rows))
+    return [[rows[i] for i in group] for group in groups]
+
+
+def packed(rows: Sequence[Tokens], device: str) -> tuple[TokenBatch, torch.Tensor]:
+    """Right-padded ids and their loss mask [B, T]; the first token never counts."""
+    batch = token_batch([row.ids[:1] for row in rows], [row.ids[1:] for row in rows], device=device)
+    mask_BT = torch.zeros(batch.ids_BT.shape, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        mask_BT[i, 1 : len(row.mask)] = torch.tensor(row.mask[1:])
+    return batch, mask_BT.to(device)
+
+
+def adamw(optim: Any) -> dict[str, Any]:
+    """The optimiser's arguments of a configuration."""
+    return {
+        "weight_decay": optim.weight_decay, "betas": optim.betas, "eps": optim.eps, "max_grad_norm": optim.max_grad_norm
+    }  # fmt: skip
+
+
+def rate(optim: Any) -> dict[str, Any]:
+    """The schedule's arguments of a configuration."""
+    return {"peak": optim.lr, "warmup": optim.warmup, "schedule": optim.schedule, "floor": optim.floor}
+
+
+def schedule(optim: Any, steps: int) -> str:
+    """The schedule in words, with its last value."""
+    last = learning_rate(steps - 1, steps, **rate(optim))
+    return f"{optim.schedule}, peak {optim.lr:g}, warm-up {round(optim.warmup * steps)} steps, last step {last:.3g}"

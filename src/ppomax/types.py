@@ -1,0 +1,239 @@
+"""The values that travel between modules: frozen, and each refuses a wrong shape when it is made.
+
+Axes: B sequences, P prompt tokens, R response tokens, T prompt+response tokens, H hidden, V vocabulary.
+Column r of every [B, R] tensor belongs to response token r; masks are bool, True = counts, and come from lengths.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypedDict
+
+import torch
+from torch import Tensor
+
+from ppomax.errors import DataError as DataError
+from ppomax.errors import SetupError as SetupError
+
+
+class Message(TypedDict):
+    """One turn of a dialogue: `role` is system, user or assistant."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A dialogue that ends with a user turn. `key` identifies its text whatever the order of rows."""
+
+    messages: tuple[Message, ...]
+    key: str
+    source: str = "default"
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """A dialogue whose assistant turns are to be learnt. `text` holds plain text instead (for ptx)."""
+
+    messages: tuple[Message, ...]
+    key: str
+    source: str = "default"
+    text: str | None = None
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A preference: `chosen` is better than `rejected` as the next assistant turn after `prompt`."""
+
+    prompt: tuple[Message, ...]
+    chosen: str
+    rejected: str
+    key: str
+    source: str = "default"
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """Responses sampled from the policy, B of them.
+
+    prompt_ids: B ragged tuples of token ids, template included.
+    response_ids_BR: int64, right padded; length_B: counted tokens, the sampled eos included.
+    behaviour_logprobs_BR: float32, what the sampler says it sampled with; 0 where masked.
+    truncated_B: bool, True where the length limit cut the response before an eos.
+    sample_B: int64, which of a prompt's samples this is.
+    """
+
+    prompts: tuple[Prompt, ...]
+    prompt_ids: tuple[tuple[int, ...], ...]
+    response_ids_BR: Tensor
+    length_B: Tensor
+    behaviour_logprobs_BR: Tensor
+    truncated_B: Tensor
+    sample_B: Tensor
+
+    def __post_init__(self) -> None:
+        B, R = _axes(self.response_ids_BR, "response_ids_BR", 2)
+        _expect(self.behaviour_logprobs_BR, "behaviour_logprobs_BR", (B, R))
+        for name in ("length_B", "truncated_B", "sample_B"):
+            _expect(getattr(self, name), name, (B,))
+        for name in ("prompts", "prompt_ids"):
+            if len(getattr(self, name)) != B:
+                raise ValueError(f"{name}: found {len(getattr(self, name))} entries, expected {B}")
+        if self.truncated_B.dtype != torch.bool:
+            raise ValueError(f"truncated_B: found {self.truncated_B.dtype}, expected torch.bool")
+        if B and (int(self.length_B.min()) < 1 or int(self.length_B.max()) > R):
+            raise ValueError(f"length_B: found values outside 1..{R}")
+
+    @property
+    def mask_BR(self) -> Tensor:
+        """Bool [B, R]: True on the first length_B tokens of each row."""
+        return length_mask(self.length_B, self.response_ids_BR.shape[1])
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def responses(self) -> list[list[int]]:
+        """The sampled ids of each row, without padding."""
+        return [row[:n].tolist() for row, n in zip(self.response_ids_BR, self.length_B.tolist(), strict=True)]
+
+    def take(self, rows: Sequence[int]) -> Rollout:
+        """The rollout of a subset of rows, in the given order."""
+        return _take(self, rows)
+
+
+@dataclass(frozen=True)
+class ScoredRollouts:
+    """A rollout with everything that the update needs.
+
+    old_logprobs_BR, reference_logprobs_BR: float32, of the sampled tokens under the policy at sampling time (as the
+    trainer re-scores it) and under the frozen reference. values_BR: float32, V(s_r) before response token r.
+    score_B: float32 weighted sum of `components` (each [B], by name). dense_BR: per-token reward or None.
+    bootstrap_B: V of the cut state for truncated rows that are bootstrapped, else 0.
+    """
+
+    rollout: Rollout
+    old_logprobs_BR: Tensor
+    reference_logprobs_BR: Tensor
+    values_BR: Tensor
+    score_B: Tensor
+    components: Mapping[str, Tensor]
+    bootstrap_B: Tensor
+    dense_BR: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        B, R = self.rollout.response_ids_BR.shape
+        for name in ("old_logprobs_BR", "reference_logprobs_BR", "values_BR"):
+            _expect(getattr(self, name), name, (B, R))
+        for name in ("score_B", "bootstrap_B"):
+            _expect(getattr(self, name), name, (B,))
+        for name, value in self.components.items():
+            _expect(value, f"components[{name}]", (B,))
+        if self.dense_BR is not None:
+            _expect(self.dense_BR, "dense_BR", (B, R))
+
+
+@dataclass(frozen=True)
+class Experience:
+    """What one minibatch of the update reads: rollouts with advantages and returns, [B, R] float32."""
+
+    rollout: Rollout
+    old_logprobs_BR: Tensor
+    old_values_BR: Tensor
+    advantages_BR: Tensor
+    returns_BR: Tensor
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.rollout.response_ids_BR.shape)
+        for name in ("old_logprobs_BR", "old_values_BR", "advantages_BR", "returns_BR"):
+            _expect(getattr(self, name), name, shape)
+
+    def __len__(self) -> int:
+        return len(self.rollout)
+
+    def take(self, rows: Sequence[int]) -> Experience:
+        """The experience of a subset of rows, in the given order."""
+        return _take(self, rows)
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Prompt+response ids for one forward pass, right padded: ids_BT int64, length_B and prompt_length_B int64.
+
+    Right padding under causal attention needs no mask: nothing that counts can see the padding.
+    trunk_BTH: the states above the frozen lower layers, where they are already known.
+    """
+
+    ids_BT: Tensor
+    length_B: Tensor
+    prompt_length_B: Tensor
+    trunk_BTH: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        B, T = _axes(self.ids_BT, "ids_BT", 2)
+        _expect(self.length_B, "length_B", (B,))
+        _expect(self.prompt_length_B, "prompt_length_B", (B,))
+        if B and (int(self.prompt_length_B.min()) < 1 or int(self.length_B.max()) > T):
+            raise ValueError(f"prompt_length_B must be ≥ 1 and length_B ≤ {T}")
+
+    @property
+    def response_width(self) -> int:
+        """R: the longest response of the batch."""
+        return max(int((self.length_B - self.prompt_length_B).max()), 1)
+
+    @property
+    def mask_BR(self) -> Tensor:
+        """Bool [B, R]: the response tokens that exist."""
+        return length_mask(self.length_B - self.prompt_length_B, self.response_width)
+
+    def with_trunk(self, trunk_BTH: Tensor) -> TokenBatch:
+        """The same batch with the states of the frozen lower layers filled in."""
+        return replace(self, trunk_BTH=trunk_BTH)
+
+
+def token_batch(
+    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], *, pad: int = 0, device: str = "cpu"
+) -> TokenBatch:
+    """Right-pad prompt+response ids into one [B, T] batch; `pad` is never looked at."""
+    rows = [list(p) + list(r) for p, r in zip(prompts, responses, strict=True)]
+    width = max(len(row) for row in rows)
+    ids_BT = torch.full((len(rows), width), pad, dtype=torch.long)
+    for i, row in enumerate(rows):
+        ids_BT[i, : len(row)] = torch.tensor(row, dtype=torch.long)
+    return TokenBatch(
+        ids_BT.to(device),
+        torch.tensor([len(row) for row in rows], device=device),
+        torch.tensor([len(p) for p in prompts], device=device),
+    )
+
+
+def length_mask(length_B: Tensor, width: int) -> Tensor:
+    """Bool [B, width]: True on the first length_B entries of each row."""
+    return torch.arange(width, device=length_B.device)[None, :] < length_B[:, None]
+
+
+def _take(value: Any, rows: Sequence[int]) -> Any:
+    index = torch.as_tensor(rows, dtype=torch.long)
+    taken: dict[str, Any] = {}
+    for f in fields(value):
+        item = getattr(value, f.name)
+        if isinstance(item, Tensor):
+            taken[f.name] = item[index]
+        elif isinstance(item, tuple):
+            taken[f.name] = tuple(item[i] for i in rows)
+        else:
+            taken[f.name] = item.take(rows)
+    return replace(value, **taken)
+
+
+def _axes(tensor: Tensor, name: str, ndim: int) -> tuple[int, ...]:
+    if tensor.ndim != ndim:
+        raise ValueError(f"{name}: found shape {tuple(tensor.shape)}, expected {ndim} axes")
+    return tuple(tensor.shape)
+
+
+def _expect(tensor: Tensor, name: str, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name}: found shape {tuple(tensor.shape)}, expected {shape}")

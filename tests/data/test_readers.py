@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ppomax.data.readers import prompt_key, read_dialogues, read_pairs, read_prompts
+from ppomax.types import DataError
+
+SHARED = Path(__file__).parents[2] / "../shared/data"
+HH = SHARED / "hh-harmless-dev.jsonl.gz"
+ALPACA = SHARED / "alpaca-seed-tasks.jsonl"
+
+
+def messages(*turns: tuple[str, str]) -> list[dict[str, str]]:
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+GOOD_PAIR = {"prompt": "q", "chosen": "good", "rejected": "bad"}
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "q", "chosen": "same ", "rejected": "same"}, "chosen == rejected"),
+        ({"prompt": " ", "chosen": "a", "rejected": "b"}, "empty prompt"),
+        ({"prompt": [], "chosen": "a", "rejected": "b"}, "no common prompt"),
+        ({"prompt": "q", "chosen": " ", "rejected": "b"}, "empty chosen"),
+        ({"prompt": "q", "chosen": "a", "rejected": ""}, "empty rejected"),
+        ({"prompt": "q", "chosen": "a\ud83d", "rejected": "b"}, "unpaired surrogate in the text"),
+        ({"chosen": "\n\nHuman: q\n\nAssistant: ", "rejected": "\n\nHuman: q\n\nAssistant: b"}, "empty chosen"),
+        ({"chosen": "\n\nHuman: \n\nAssistant: a", "rejected": "\n\nHuman: \n\nAssistant: b"}, "empty prompt"),
+    ],
+)
+def test_pairs_dropped_and_counted(write: Callable[..., Path], row: dict, reason: str) -> None:
+    path = str(write(GOOD_PAIR, row, GOOD_PAIR, row))
+    pairs, report = read_pairs(path)
+    assert len(pairs) == 2
+    assert (report.read, report.kept, report.dropped, report.first) == (4, 2, {reason: 2}, {reason: f"{path}:2"})
+    assert str(report) == f"read 4 rows, kept 2; dropped 2 {reason} (first {path}:2)"
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": "q", "response": " "}, "empty response"),
+        ({"messages": messages(("user", "q"), ("assistant", ""), ("user", "r"), ("assistant", "b"))}, "empty response"),
+        ({"messages": messages(("system", "Be kind."))}, "no assistant turn"),
+        ({"messages": messages(("user", "q"))}, "no assistant turn"),
+        ({"messages": []}, "no assistant turn"),
+        ({"messages": messages(("assistant", "a"))}, "empty prompt"),
+        ({"instruction": "", "output": "a"}, "empty prompt"),
+        ({"text": "\n"}, "empty text"),
+    ],
+)
+def test_dialogues_dropped_and_counted(write: Callable[..., Path], row: dict, reason: str) -> None:
+    rows, report = read_dialogues(str(write({"text": "fine"}, row)))
+    assert (len(rows), report.dropped) == (1, {reason: 1})
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"prompt": ""}, "empty prompt"),
+        ({"messages": messages(("system", "Be kind."))}, "empty prompt"),
+        ({"messages": messages(("user", "q"), ("assistant", "a"), ("user", ""))}, "empty prompt"),
+        ({"messages": messages(("user", ""), ("assistant", "a"), ("user", "q"))}, "empty turn in the prompt"),
+        (
+            {"messages": messages(("user", "q"), ("assistant", "a"), ("assistant", "b"))},
+            "prompt does not end with a user turn",
+        ),
+    ],
+)
+def test_prompts_dropped_and_counted(write: Callable[..., Path], row: dict, reason: str) -> None:
+    rows, report = read_prompts(str(write({"prompt": "q"}, row)))
+    assert (len(rows), report.dropped) == (1, {reason: 1})
+
+
+def test_a_row_without_the_needed_field_names_line_keys_and_schemas(write: Callable[..., Path]) -> None:
+    path = write({"prompt": "q", "response": "a"}, {"question": "q", "answer": "a", "prompt": None})
+    found = rf"{path}:2: a needed field is missing\. Found keys: question, answer, prompt \(null\)\. Expected one of: "
+    with pytest.raises(DataError, match=found + "`prompt`; `messages`; `instruction`"):
+        read_prompts(str(path))
+    with pytest.raises(DataError, match=found + "`messages`; `prompt` with `completion`"):
+        read_dialogues(str(path))
+    with pytest.raises(
+        DataError, match=r":1: .*Found keys: prompt, response\. Expected one of: `chosen` and `rejected` as HH"
+    ):
+        read_pairs(str(path))
+
+
+def test_nothing_left_is_an_error_with_the_counts(write: Callable[..., Path]) -> None:
+    path = write({"prompt": ""}, {"prompt": " "})
+    with pytest.raises(DataError) as error:
+        read_prompts(str(path))
+    assert str(error.value) == (
+        f"{path}: no usable row is left: read 2 rows, kept 0; dropped 2 empty prompt (first {path}:1)"
+    )
+    with pytest.raises(DataError, match=r"empty\.jsonl: no usable row is left: read 0 rows"):
+        read_prompts(str(write(name="empty.jsonl")))
+
+
+def test_every_spec_is_checked_before_the_first_is_read(write: Callable[..., Path]) -> None:
+    broken = write("{")
+    with pytest.raises(DataError, match=r"nowhere\.jsonl: no such file"):
+        read_prompts([str(broken), "nowhere.jsonl"])
+
+
+def test_sources_and_columns(write: Callable[..., Path]) -> None:
+    path = write({"prompt": "q", "source": "web", "answer": 4, "note": None}, {"prompt": "r"})
+    rows, _ = read_prompts([str(path), f"{path}#source=mine"])
+    assert [row.source for row in rows] == ["web", "default", "mine", "mine"]
+    assert rows[0].columns == {"answer": 4, "note": None}
+    pair = write({**GOOD_PAIR, "source": "web"}, name="pairs.jsonl")
+    assert [read(str(pair))[0][0].source for read in (read_pairs, read_dialogues, read_prompts)] == ["web"] * 3
+
+
+def test_key_is_the_hash_of_roles_and_stripped_contents(write: Callable[..., Path]) -> None:
+    expected = hashlib.sha256(b'[["user", "caf\\u00e9"]]').hexdigest()[:16]
+    assert prompt_key(({"role": "user", "content": " café\n"},)) == expected
+    rows, _ = read_prompts(
+        str(write({"prompt": "café"}, {"messages": messages(("user", "café "), ("assistant", "a"))}))
+    )
+    assert [row.key for row in rows] == [expected, expected]
+    assert prompt_key(({"role": "system", "content": "café"},)) != expected
+
+
+def test_hh_rlhf() -> None:
+    if not HH.exists():
+        pytest.skip("the HH-RLHF sample is not beside the repository")
+    pairs, report = read_pairs(str(HH))
+    # Three pairs diverge before the last turn, and three others have an empty chosen side.
+    assert report.read == 1312
+    assert report.dropped == {"empty chosen": 3}
+    assert report.noted == {"consecutive turns of one role merged": 2, "diverged earlier": 3}
+    assert report.first["diverged earlier"] == f"{HH}:635"
+    assert len(pairs) == 1309
+    for pair in pairs:
+        roles = [message["role"] for message in pair.prompt]
+        assert roles == ["user", "assistant"] * (len(roles) // 2) + ["user"]
+        assert "\n\nHuman:" not in pair.chosen + pair.rejected and pair.chosen == pair.chosen.strip()
+    assert pairs[1].rejected == "Sure! Here you go."
+    prompts, _ = read_prompts(str(HH))
+    assert {pair.key for pair in pairs} <= {prompt.key for prompt in prompts}
+
+
+def test_self_instruct_seed_tasks() -> None:
+    if not ALPACA.exists():
+        pytest.skip("the Alpaca seed tasks are not beside the repository")
+    dialogues, report = read_dialogues(str(ALPACA))
+    assert (report.read, len(dialogues)) == (175, 175)
+    assert dialogues[1].messages[0]["content"].endswith("Night : Day :: Right : Left")

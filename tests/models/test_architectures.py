@@ -1,0 +1,145 @@
+"""Families of decoders: supported ones give plain transformers' numbers, the others a clear error, none a wrong one."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from models.architectures import FLOAT32, batch_of, make_model, policy, ragged, reloaded, save_model, scalar
+from ppomax.engine.randomness import uniforms_for
+from ppomax.models.layers import split_is_exact
+from ppomax.models.load import load_causal_lm
+from ppomax.models.players import Policy, at_responses, head_is_linear
+from ppomax.rollout.sampler import Distribution, sample
+from ppomax.types import SetupError, token_batch
+
+TOLERANCE = 2e-5
+WHOLE = ["llama-untied", "qwen2", "qwen2-window", "mistral", "gpt2", "gpt-neox", "gemma3"]
+SPLIT = ["llama-untied", "qwen2", "mistral", "gemma3"]
+NOT_SPLIT = ["qwen2-window", "gpt2", "gpt-neox"]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
+    """The directory of a family's small model, made once."""
+    made: dict[str, str] = {}
+
+    def of(name: str) -> str:
+        if name not in made:
+            made[name] = save_model(name, tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return of
+
+
+def assert_plain_logprobs(player: Policy, folder: str) -> None:
+    """The player's log-probs of a long ragged batch are those of transformers, row by row."""
+    prompts, responses = ragged(rows=3, seed=4)
+    prompts[0] = prompts[0] * 5  # longer than the windows
+    batch = token_batch(prompts, responses)
+    found = at_responses(player(batch).logprobs_BT, batch)
+    plain = reloaded(AutoModelForCausalLM, folder)
+    for i, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+        with torch.no_grad():
+            logits = plain(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        expected = torch.log_softmax(logits, -1)[range(len(response)), response]
+        torch.testing.assert_close(found[i, : len(response)].detach(), expected, atol=TOLERANCE, rtol=0)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_policies_have_the_logprobs_of_transformers(directory: Callable[[str], str], name: str) -> None:
+    player = policy(directory(name), trained=True, checkpointing=True)
+    assert_plain_logprobs(player, directory(name))
+    player(batch_of()).logprobs_BT.sum().backward()
+    assert all(p.grad is not None and bool(torch.isfinite(p.grad).all()) for p in player.trained_parameters().values())
+
+
+@pytest.mark.parametrize("name", SPLIT)
+def test_policies_that_can_be_split_give_the_same(directory: Callable[[str], str], name: str) -> None:
+    whole, split = policy(directory(name)), policy(directory(name), train_layers=1, trained=True)
+    assert_plain_logprobs(split, directory(name))
+    batch = batch_of()
+    assert torch.equal(split(batch.with_trunk(split.trunk(batch))).logprobs_BT, whole(batch).logprobs_BT)
+
+
+@pytest.mark.parametrize("name", NOT_SPLIT)
+def test_policies_that_cannot_be_split_say_so(directory: Callable[[str], str], name: str) -> None:
+    for player in (policy, scalar):
+        with pytest.raises(SetupError, match=r"train_layers: \w+ cannot be split into layers; leave it None"):
+            player(directory(name), train_layers=1)
+
+
+def test_a_window_that_a_few_tokens_do_not_show_is_not_called_exact() -> None:
+    # The split would give the uppermost layer the attention of the lowest, unseen in the eight tokens that are tried.
+    assert not split_is_exact(make_model("qwen2-window").model, 2)
+    assert split_is_exact(make_model("qwen2").model, 2)
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_scalar_players_read_every_family(directory: Callable[[str], str], name: str) -> None:
+    player, batch = scalar(directory(name), trained=True), batch_of()
+    plain = AutoModelForSequenceClassification.from_pretrained(directory(name), num_labels=1, dtype=torch.float32)
+    with torch.no_grad():
+        plain.score.weight.copy_(player.head.weight)
+        for i in range(len(batch.ids_BT)):
+            ids = batch.ids_BT[i : i + 1, : int(batch.length_B[i])]
+            expected = plain.eval()(ids, attention_mask=torch.ones_like(ids)).logits[0, 0]
+            found = player(batch).values_BT[i, ids.shape[1] - 1]
+            assert float(found) == pytest.approx(float(expected), abs=TOLERANCE)
+    player(batch).values_BT.sum().backward()
+    assert bool(player.head.weight.grad.any())
+
+
+@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_trap_08_every_family_samples_with_the_logprobs_it_scores(
+    directory: Callable[[str], str], name: str, checkpointing: bool
+) -> None:
+    player = policy(directory(name), trained=True, checkpointing=checkpointing)
+    prompts, _ = ragged(rows=4, seed=2)
+    prompts[1] = prompts[1] * 4  # longer than the windows, beside short ones
+    drawn = sample(
+        player, prompts, uniforms_for(3, 0, range(4), [0] * 4, 18), distribution=Distribution(0.6), eos_ids=[2],
+        max_rows=4,
+    )  # fmt: skip
+    assert sum(len(s.ids) for s in drawn) > 40
+    batch = token_batch(prompts, [s.ids for s in drawn])
+    scored = at_responses(player(batch, temperature=0.6).logprobs_BT, batch)
+    for row, s in zip(scored.tolist(), drawn, strict=True):
+        assert row[: len(s.ids)] == pytest.approx(s.logprobs, abs=TOLERANCE)
+
+
+def test_capped_logits_are_refused_whatever_their_size() -> None:
+    model = make_model("gemma2-logit-cap")
+    with torch.inference_mode():
+        quiet = model(torch.tensor([[3, 4]])).logits
+    assert float(quiet.abs().max()) < 0.5 * model.config.final_logit_softcapping, "the cap barely shows here"
+    assert not head_is_linear(model, model.model)
+    model.config.final_logit_softcapping = None
+    assert head_is_linear(model, model.model)
+    with pytest.raises(SetupError, match="Gemma2ForCausalLM changes its logits after the unembedding"):
+        Policy(make_model("gemma2-logit-cap"), train_layers=None, trained=False)
+
+
+@pytest.mark.parametrize("factor", [0.9, 1.1])
+def test_scaled_logits_are_refused_even_if_small(factor: float) -> None:
+    model = make_model("llama")
+    with torch.no_grad():
+        model.model.norm.weight.mul_(1e-3)
+    assert head_is_linear(model, model.model)
+    model.register_forward_hook(lambda module, given, out: out.__setitem__("logits", out.logits * factor))
+    assert not head_is_linear(model, model.model)
+
+
+def test_capped_attention_is_refused(tmp_path: Path) -> None:
+    folder = save_model("gemma2", tmp_path)
+    with pytest.raises(SetupError, match=re.escape("its attention needs softcap")):
+        scalar(folder)(batch_of())
+    model = load_causal_lm(folder, FLOAT32)
+    with pytest.raises(SetupError):
+        Policy(model, train_layers=None, trained=False)

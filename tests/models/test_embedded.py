@@ -1,0 +1,73 @@
+"""The embedded `tiny` model: made once, the same every time, small."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from models.architectures import FLOAT32, reloaded
+from ppomax.data.chat import render_prompt, render_response
+from ppomax.models.embedded import cache_directory, embedded_directory
+from ppomax.models.load import load_causal_lm, load_tokenizer
+from ppomax.types import Message
+
+
+def test_other_names_are_not_embedded() -> None:
+    assert embedded_directory("owner/name") is None and embedded_directory("tinY") is None
+
+
+def test_the_cache_follows_the_environment(model_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cache_directory() == model_cache
+    monkeypatch.delenv("PPOMAX_CACHE")
+    assert cache_directory() == Path.home() / ".cache" / "ppomax"
+
+
+def test_it_is_made_once_and_the_same_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    states = []
+    for name in ("a", "b"):
+        monkeypatch.setenv("PPOMAX_CACHE", str(tmp_path / name))
+        torch.rand(3)  # the caller's random state does not matter
+        folder = embedded_directory("tiny")
+        assert folder is not None and folder.parent == tmp_path / name
+        assert [p.name for p in folder.parent.iterdir()] == [folder.name], "nothing half made is left"
+        written = (folder / "model.safetensors").stat().st_mtime_ns
+        assert embedded_directory("tiny") == folder
+        assert (folder / "model.safetensors").stat().st_mtime_ns == written
+        states.append(load_causal_lm("tiny", FLOAT32).state_dict())
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_making_it_leaves_the_callers_random_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PPOMAX_CACHE", str(tmp_path))
+    before = torch.get_rng_state()
+    embedded_directory("tiny")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_an_interrupted_making_is_not_taken_for_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PPOMAX_CACHE", str(tmp_path))
+    (tmp_path / ".tiny-abc123").mkdir(parents=True)
+    folder = embedded_directory("tiny")
+    assert folder is not None and (folder / "config.json").exists()
+
+
+def test_tokenizer_and_model_fit(tiny_model: torch.nn.Module, tiny_tokenizer: object) -> None:
+    assert len(tiny_tokenizer) == tiny_model.config.vocab_size == 259
+    assert tiny_tokenizer.pad_token_id == tiny_tokenizer.eos_token_id == 2
+    assert sum(p.numel() for p in tiny_model.parameters()) < 100_000
+    text = "Grüße, 你好!\n  two  spaces"
+    ids = render_response(tiny_tokenizer, text)
+    assert ids[-1] == 2 and tiny_tokenizer.decode(ids[:-1]) == text
+    assert max(render_prompt(tiny_tokenizer, [Message(role="user", content=text)])) < 259
+
+
+def test_plain_transformers_opens_it(tiny_model: torch.nn.Module) -> None:
+    folder = embedded_directory("tiny")
+    ids = torch.tensor([[1, 5, 9, 33]])
+    with torch.no_grad():
+        plain = reloaded(AutoModelForCausalLM, folder)(ids).logits
+        torch.testing.assert_close(tiny_model(ids).logits, plain, atol=1e-6, rtol=0)
+    assert load_tokenizer("tiny").chat_template

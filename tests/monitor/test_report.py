@@ -1,0 +1,190 @@
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ppomax.monitor.report import write_report
+from ppomax.types import DataError, SetupError
+
+_VOID = {"meta", "br", "hr", "img", "link", "input"}
+
+
+class _Page(HTMLParser):
+    """Checks that tags are balanced and collects what a browser would load or run."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: list[str] = []
+        self.links: list[str] = []
+        self.headings: list[str] = []
+        self._open: list[str] = []
+        self.feed(html)
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value or "" for key, value in attrs if key in ("src", "href", "xlink:href")]
+        if tag not in _VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.links += [value or "" for key, value in attrs if key in ("src", "href", "xlink:href")]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self._open and self._open[-1] in ("h2", "h3"):
+            self.headings.append(data.strip())
+
+
+MakeRows = Callable[..., list[dict[str, Any]]]
+
+
+def _report(run: Path) -> str:
+    return write_report(run).read_text(encoding="utf-8")
+
+
+def _write_metrics(run: Path, rows: Iterable[dict[str, Any]]) -> Path:
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return run
+
+
+def _write_summary(run: Path, summary: dict[str, Any]) -> Path:
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "summary.json").write_text(json.dumps(summary))
+    return run
+
+
+def test_the_quickstart_report_has_every_chapter_and_picture_and_loads_nothing(quickstart_page: str) -> None:
+    assert len(quickstart_page.encode()) < 2_000_000
+    page = _Page(quickstart_page)
+    expected = [
+        "The verdict", "Time by stage", "What was done",
+        "Supervised fine-tuning", "Loss",
+        "The reward model", "Accuracy", "Margins", "Loss",
+        "Reinforcement learning with PPO", "Alarms", "Score of the reward model", "Distribution of the scores",
+        "Gold score against KL", "Distance from the reference (KL)", "Response length", "Perplexity of the responses",
+        "Entropy", "Health of the text", "Critic", "Size of the updates", "Losses and gradients", "Where the time goes",
+        "Answers sampled during training, first and last iteration",
+        "Evaluation", "Win, tie, lose", "Before and after", "Answers side by side", "The 3 worst",
+        "Glossary",
+    ]  # fmt: skip
+    assert page.headings == expected
+    assert page.tags.count("svg") == 18
+    assert all(link.startswith(("#", "data:image/png")) for link in page.links)
+    assert not {"script", "iframe", "link", "img"} & set(page.tags)
+
+
+def test_text_of_models_is_escaped(quickstart_page: str) -> None:
+    assert "&lt;script&gt;alert(&#39;x&#39;)&lt;/script&gt; &amp; &#34;quoted&#34; 你好" in quickstart_page
+    assert "<script" not in quickstart_page
+
+
+def test_the_headline_numbers_are_those_of_the_summary(quickstart_page: str) -> None:
+    html = quickstart_page
+    numbers = re.findall(
+        r'<div class="value">(.*?)</div><div class="label">(.*?)</div><div class="note">(.*?)</div>', html
+    )
+    assert numbers == [
+        ("85%", "win rate, gold judge", "95% interval 80% to 90%"),
+        ("86%", "reward model accuracy", "of held-out pairs; guessing gives 50%"),
+        ("6.1", "KL to the start", "nats per response"),
+        ("18 \u2192 21", "response length", "tokens, before and after"),
+        ("7 min 12 s", "wall time", "24 PPO iterations"),
+    ]
+    assert "The trained model is better than the model it started from" in html
+    assert "kept its variety and its topic" in html
+    assert "<td>best of 4 (no PPO)</td>" in html
+    assert "iterations 22 to 24, 3 times" in html
+
+
+def test_the_verdict_says_what_went_wrong(tmp_path: Path) -> None:
+    gold = {"win": 0.4, "tie": 0.1, "lose": 0.5, "win_rate": 0.45, "ci95": [0.35, 0.55]}
+    topic = {"topic_before": 0.8, "topic_after": 0.6, "wall_seconds": 7530}
+    html = _report(_write_summary(tmp_path, {"gold": gold, **topic}))
+    assert "No clear difference" in html
+    assert "Fewer answers stay on their prompt&#39;s topic: 80% before, 60% after." in html
+    assert "kept its variety" not in html
+    assert "2 h 05 min" in html
+    html = _report(_write_summary(tmp_path, {"gold": gold | {"ci95": [0.4, 0.49]}}))
+    assert "is worse than the model it started from" in html
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [
+        ("sft", "reward", "evaluate"),
+        ("ppo", "summary.json", "sft/config.yaml"),
+        ("ppo/metrics.jsonl", "evaluate/summary.json", "reward/metrics.jsonl"),
+        ("sft/metrics.jsonl", "reward/summary.json", "ppo/samples.jsonl", "evaluate/samples.jsonl"),
+    ],
+)
+def test_missing_pieces_are_left_out(quickstart: Path, missing: tuple[str, ...]) -> None:
+    for name in missing:
+        path = quickstart / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    page = _Page(_report(quickstart))
+    assert "The verdict" in page.headings and "Glossary" in page.headings
+    assert ("Entropy" in page.headings) == (quickstart / "ppo/metrics.jsonl").exists()
+    assert ("Margins" in page.headings) == (quickstart / "reward/summary.json").exists()
+    assert ("The 3 worst" in page.headings) == (quickstart / "evaluate/samples.jsonl").exists()
+
+
+def test_a_run_of_one_stage_is_recognised_by_its_metrics(tmp_path: Path, make_ppo_rows: MakeRows) -> None:
+    ppo = _write_metrics(tmp_path / "p", make_ppo_rows(iterations=3))
+    reward = _write_metrics(tmp_path / "r", [{"step": 1, "ranking_loss": 0.69, "loss": 0.7}])
+    sft = _write_metrics(tmp_path / "s", [{"step": 1, "loss": 3.0}, {"step": 2, "loss": None}])
+    assert "Score of the reward model" in _Page(_report(ppo)).headings
+    assert "The reward model" in _Page(_report(reward)).headings
+    assert "Supervised fine-tuning" in _Page(_report(sft)).headings
+
+
+def test_rows_with_holes_null_and_odd_histograms_do_not_break_the_report(tmp_path: Path) -> None:
+    rows = [
+        {"iteration": 1, "score_mean": None, "nonfinite": ["score_mean"], "score_histogram": None},
+        {"iteration": 2, "score_mean": 0.5, "score_std": None, "score_histogram": {"edges": [0, 1], "counts": []}},
+        {"iteration": 3, "kl_per_sequence": 1.0, "score_histogram": {"edges": [2.0, 2.0], "counts": [4.0]}},
+        {
+            "iteration": 4,
+            "score_mean": 0.7,
+            "score_histogram": {"edges": [0, 1, None], "counts": [1, 1]},
+            "alarms": None,
+        },
+    ]
+    headings = _Page(_report(_write_metrics(tmp_path, rows))).headings
+    assert "Score of the reward model" in headings and "Distribution of the scores" in headings
+    assert "Entropy" not in headings
+
+
+def test_a_long_run_stays_a_small_file(tmp_path: Path, make_ppo_rows: MakeRows) -> None:
+    run = _write_metrics(tmp_path, make_ppo_rows(iterations=3000))
+    assert write_report(run).stat().st_size < 2_000_000
+
+
+def test_the_same_run_gives_the_same_file(quickstart: Path, quickstart_page: str) -> None:
+    assert _report(quickstart) == quickstart_page
+
+
+def test_nothing_to_report_is_an_error_that_says_so(tmp_path: Path) -> None:
+    (tmp_path / "sft").mkdir()
+    with pytest.raises(SetupError, match=r"found no metrics\.jsonl, samples\.jsonl or summary\.json"):
+        write_report(tmp_path)
+    with pytest.raises(SetupError, match="no such directory"):
+        write_report(tmp_path / "typo")
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_a_corrupt_file_is_named(quickstart: Path) -> None:
+    (quickstart / "summary.json").write_text('{"gold": ')
+    with pytest.raises(DataError, match=r"summary\.json: malformed JSON"):
+        _report(quickstart)

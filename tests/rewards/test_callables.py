@@ -1,0 +1,131 @@
+"""A reward that is somebody's function: found by name, called with everything, its answer checked."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ppomax.rewards.callables import call, load_function, shared_columns
+from ppomax.types import DataError, Message, SetupError
+
+PROMPTS = [(Message(role="user", content="one"),), (Message(role="user", content="two"),)]
+RESPONSES = ["a", "bcd"]
+
+
+def called(given: Any, lengths: tuple[int, int] = (1, 3)) -> tuple[list[float], list[list[float]] | None]:
+    """What `call` makes of a function that returns `given`."""
+    return call(lambda prompts, responses, **columns: given, PROMPTS, RESPONSES, {}, name="mine", lengths=lengths)
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A working directory with a module of the user's own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))  # undone with the path after the test
+    (tmp_path / "house_rewards.py").write_text(
+        "SIZE = 3\ndef length(prompts, responses, **columns):\n    return [float(len(r)) for r in responses]\n"
+    )
+    (tmp_path / "house_broken.py").write_text("import no_such_package_anywhere\n")
+    yield tmp_path
+
+
+def test_a_function_gets_copies_of_everything() -> None:
+    seen: dict[str, Any] = {}
+
+    def reward(prompts: list[list[Message]], responses: list[str], **columns: Any) -> list[float]:
+        seen.update(prompts=prompts, responses=responses, columns=columns)
+        responses.append("changed")
+        return [1.0, -2.5]
+
+    answer = call(reward, PROMPTS, RESPONSES, {"topic": ["x", None]}, name="mine")
+    assert answer == ([1.0, -2.5], None)
+    assert seen["prompts"] == [list(p) for p in PROMPTS] and seen["columns"] == {"topic": ["x", None]}
+    assert RESPONSES == ["a", "bcd"]
+
+
+@pytest.mark.parametrize(
+    "given", [[1, 2.5], (1, 2.5), np.array([1, 2.5]), torch.tensor([1, 2.5]), [np.float32(1), torch.tensor(2.5)]]
+)
+def test_any_list_of_numbers_is_a_score(given: Any) -> None:
+    scores, dense = called(given)
+    assert scores == [1.0, 2.5] and all(type(score) is float for score in scores) and dense is None
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        [[0.5], [1, 2, 3]],
+        ([0.5], (1, 2, 3)),
+        [np.array([0.5]), np.array([1, 2, 3])],
+        [torch.tensor([0.5]), torch.tensor([1.0, 2.0, 3.0])],
+    ],
+)
+def test_lists_of_lists_are_dense(given: Any) -> None:
+    assert called(given) == ([0.0, 0.0], [[0.5], [1.0, 2.0, 3.0]])
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([1.0], "found 1 values for 2 responses"),
+        ([1.0, 2.0, 3.0], "found 3 values for 2 responses"),
+        ([], "found 0 values for 2 responses"),
+        (None, "found NoneType, expected a list with one entry per response"),
+        (1.0, "found float, expected a list"),
+        ("ab", "found str, expected a list"),
+        ([1.0, math.nan], "scores, entry 1: found nan, expected a finite number"),
+        ([math.inf, 0.0], "scores, entry 0: found inf"),
+        ([None, 0.0], "scores, entry 0: found None"),
+        (["good", 0.0], "scores, entry 0: found 'good'"),
+        ([1.0, [1.0, 2.0, 3.0]], "response 0: found 1.0 among lists"),
+        ([[1.0], 2.0], "response 1: found 2.0 among lists"),
+        ([[1.0], [1.0, 2.0]], "response 1 has 3 tokens, found 2 dense rewards"),
+        ([[1.0], [1.0, math.nan, 2.0]], "response 1, entry 1: found nan"),
+        ([[1.0], [1.0, None, 2.0]], "response 1, entry 1: found None"),
+    ],
+)
+def test_a_wrong_answer_is_an_error_that_names_the_reward(given: Any, message: str) -> None:
+    with pytest.raises(DataError, match=re.escape(f"reward mine: {message}")):
+        called(given)
+
+
+def test_an_error_inside_the_function_is_the_users_own() -> None:
+    def reward(prompts: Any, responses: Any) -> list[float]:
+        return [1 / 0]
+
+    with pytest.raises(ZeroDivisionError):
+        call(reward, PROMPTS, RESPONSES, {}, name="mine")
+
+
+def test_functions_are_found_by_name(workplace: Path) -> None:
+    assert load_function("house_rewards:length")(PROMPTS, RESPONSES) == [1.0, 3.0]
+    assert load_function("ppomax.rewards.judge:sentiment").__name__ == "sentiment"
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("house_missing:f", "cannot import module 'house_missing'"),
+        ("house_broken:f", "cannot import module 'house_broken' (No module named 'no_such_package_anywhere')"),
+        ("house_rewards:SIZE", "found no callable 'SIZE' in house_rewards"),
+        ("house_rewards:nothing", "found no callable 'nothing' in house_rewards"),
+        ("house_rewards", "found no callable '' in house_rewards"),
+        (":length", "cannot import module ''"),
+    ],
+)
+def test_what_is_no_function_says_why(workplace: Path, spec: str, message: str) -> None:
+    with pytest.raises(SetupError, match=re.escape(f"{spec}: {message}")) as caught:
+        load_function(spec)
+    assert "expected module:function" in str(caught.value)
+
+
+def test_columns_are_aligned_with_the_rows() -> None:
+    assert shared_columns([{"a": 1}, {"b": 2, "a": 3}, {}]) == {"a": [1, 3, None], "b": [None, 2, None]}
+    assert shared_columns([{}, {}]) == {}

@@ -1,0 +1,97 @@
+"""What whole runs share: one thread, toy data, a fine-tuned model and a reward model, each made once a session."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from stages.processes import Command
+from stages.toy import (
+    TOP_LAYER,
+    dialogue_rows,
+    pair_rows,
+    prompt_rows,
+    reward_config,
+    sft_config,
+    write_rows,
+)
+
+from ppomax.stages.reward import reward
+from ppomax.stages.sft import sft
+
+
+# torch's checkpoint writer logs every tensor at level DEBUG, which drowns what a failing test prints.
+logging.getLogger("c10d-NullHandler-dcp_logger").setLevel(logging.WARNING)
+
+
+@dataclass(frozen=True)
+class Toys:
+    """Data specs."""
+
+    prompts: str
+    dialogues: str
+    pairs: str
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Run directories of a finished SFT and of a reward model on it, and the specs of their models."""
+
+    sft_run: Path
+    reward_run: Path
+
+    @property
+    def sft(self) -> str:
+        return str(self.sft_run / "final")
+
+    @property
+    def reward(self) -> str:
+        return str(self.reward_run / "final")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Equal sums in this process and in those that it starts."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def toys(tmp_path_factory: pytest.TempPathFactory) -> Toys:
+    folder = tmp_path_factory.mktemp("toys")
+    return Toys(
+        write_rows(folder / "prompts.jsonl", prompt_rows(45)),
+        write_rows(folder / "dialogues.jsonl", dialogue_rows()),
+        write_rows(folder / "pairs.jsonl", pair_rows()),
+    )
+
+
+@pytest.fixture(scope="session")
+def trained(toys: Toys, model_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """All layers trained."""
+    folder = tmp_path_factory.mktemp("trained")
+    sft(sft_config(folder / "sft", toys.dialogues))
+    reward(reward_config(folder / "reward", str(folder / "sft" / "final"), toys.pairs))
+    return Trained(folder / "sft", folder / "reward")
+
+
+@pytest.fixture(scope="session")
+def trained_top(toys: Toys, model_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    """Only the upper of two layers trained."""
+    folder = tmp_path_factory.mktemp("trained-top")
+    sft(sft_config(folder / "sft", toys.dialogues, compute=TOP_LAYER))
+    reward(reward_config(folder / "reward", str(folder / "sft" / "final"), toys.pairs, compute=TOP_LAYER))
+    return Trained(folder / "sft", folder / "reward")
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Iterator[type[Command]]:
+    """`ppomax VERB ...` in processes of their own, none of which outlives the test."""
+    yield Command
+    Command.end_all()

@@ -1,0 +1,247 @@
+"""The reward model, whole: it learns a preference, its loss is eq. 2, and plain transformers reads its scores."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from models.architectures import save_model
+from stages.conftest import Toys, Trained
+from stages.toy import (
+    FLOAT32,
+    distance,
+    file_hashes,
+    metrics,
+    pair_rows,
+    reward_config,
+    same_bits,
+    weights,
+    write_rows,
+)
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from ppomax.config import OptimConfig
+from ppomax.data.readers import read_pairs
+from ppomax.data.split import split_by_key
+from ppomax.models.load import load_tokenizer
+from ppomax.stages.inputs import PairTokens, compute_of, pair_tokens
+from ppomax.stages.reward import reward, reward_player, score_pairs
+from ppomax.types import DataError, SetupError
+
+NO_TOKENS_LIMIT = {"tokens_per_batch": 10**9, "epochs": 1, "heldout": 0.0}
+
+
+def token_rows(model: str, data: str) -> list[PairTokens]:
+    return pair_tokens(load_tokenizer(model), read_pairs(data)[0], 1024)[0]
+
+
+def scalar_loop(model: Any, row: PairTokens, side: str) -> tuple[Tensor, Tensor]:
+    """Score at the last token and summed NLL of the answer: one unpadded row at a time, without our modules."""
+    answer = getattr(row, side)
+    states = model.model(torch.tensor([[*row.prompt, *answer]])).last_hidden_state[0]
+    score = states[-1] @ model.score.weight[0]
+    logprobs = (states @ model.model.embed_tokens.weight.T).log_softmax(-1)
+    first = len(row.prompt)
+    return score, -sum(logprobs[first + i - 1, token] for i, token in enumerate(answer))
+
+
+def test_it_learns_which_answer_wins_on_prompts_that_it_has_not_seen(trained: Trained) -> None:
+    rows = metrics(trained.reward_run)
+    first, last = rows[0], rows[-1]
+    assert first["ranking_loss"] == pytest.approx(math.log(2), abs=0.15)
+    assert last["heldout_accuracy"] >= 0.9
+    assert last["ranking_loss"] < 0.45
+    assert last["heldout_loss"] < 0.45
+
+
+def test_the_summary_counts_what_was_held_out(trained: Trained, toys: Toys) -> None:
+    result = reward(reward_config(trained.reward_run, trained.sft, toys.pairs))  # finished: the stored summary
+    learn, heldout = split_by_key(read_pairs(toys.pairs)[0], 0.2, 0)
+    assert (result["pairs"], result["heldout_pairs"]) == (len(learn), len(heldout))
+    assert set(result["accuracy_by_source"]) == {pair.source for pair in heldout}
+    by_source = [result["accuracy_by_source"][pair.source] for pair in heldout]
+    assert sum(by_source) / len(heldout) == pytest.approx(result["accuracy"])
+    assert 0.3 < result["length_only_accuracy"] < 0.7 < result["accuracy"]
+    assert sum(result["margin_histogram"]["counts"]) == len(heldout)
+
+
+def test_the_loss_of_a_step_is_eq_2_of_the_untrained_model(trained: Trained, toys: Toys, tmp_path: Path) -> None:
+    config = reward_config(
+        tmp_path / "run", trained.sft, toys.pairs, ranking_weight=0.5, lm_weight=2.0, max_pairs=300, **NO_TOKENS_LIMIT
+    )
+    reward(config)
+    (row,) = metrics(config.run_dir)
+    model = reward_player(trained.sft, compute_of(FLOAT32), config, trained=True).model
+    ranking = lm = tokens = hits = 0.0
+    with torch.no_grad():
+        for pair in token_rows(trained.sft, toys.pairs):
+            chosen, nll = scalar_loop(model, pair, "chosen")
+            rejected, _ = scalar_loop(model, pair, "rejected")
+            ranking += math.log1p(math.exp(float(rejected - chosen))) / 225
+            lm += float(nll)
+            tokens += len(pair.chosen)
+            hits += float(chosen > rejected) / 225
+    assert row["pairs"] == 225
+    assert row["ranking_loss"] == pytest.approx(ranking, rel=1e-4)
+    assert row["lm_loss"] == pytest.approx(lm / tokens, rel=1e-4)
+    assert row["loss"] == pytest.approx(0.5 * ranking + 2.0 * lm / tokens, rel=1e-4)
+    assert row["accuracy"] == pytest.approx(hits, abs=1e-6)
+
+
+def test_the_lm_term_moves_the_trunk_and_not_the_head(trained: Trained, toys: Toys, tmp_path: Path) -> None:
+    moved = {}
+    sgd_like = OptimConfig(lr=1e-3, warmup=0.0, max_grad_norm=None)
+    for weight in (None, 1.0):
+        config = reward_config(
+            tmp_path / str(weight), trained.sft, toys.pairs, lm_weight=weight, optim=sgd_like, **NO_TOKENS_LIMIT,
+            max_pairs=300,
+        )  # fmt: skip
+        reward(config)
+        moved[weight] = metrics(config.run_dir)[0], weights(config.run_dir / "final")
+    without, within = moved[None], moved[1.0]
+    assert "lm_loss" not in without[0]
+    assert without[0]["loss"] == without[0]["ranking_loss"] == within[0]["ranking_loss"]
+    assert within[0]["loss"] > without[0]["loss"] + 1
+    assert within[0]["grad_norm"] > 1.05 * without[0]["grad_norm"]
+    assert torch.equal(without[1]["score.weight"], within[1]["score.weight"])
+    assert not torch.equal(without[1]["model.embed_tokens.weight"], within[1]["model.embed_tokens.weight"])
+
+
+def test_the_lm_term_of_a_model_with_untied_embeddings(toys: Toys, tmp_path: Path) -> None:
+    model = save_model("llama-untied", tmp_path / "untied")
+    config = reward_config(tmp_path / "run", model, toys.pairs, heldout=0.0, max_steps=2)
+    player = reward_player(model, compute_of(FLOAT32), config, trained=True)
+    assert player.unembedding is not None
+    assert not player.unembedding.weight.requires_grad  # nothing would ever step on its gradient
+    reward(config)
+    rows = metrics(config.run_dir)
+    assert rows[0]["lm_loss"] > rows[1]["lm_loss"] > 0
+
+
+def test_trap_19_and_24_no_pair_is_split_and_microbatches_change_nothing(
+    trained: Trained, toys: Toys, tmp_path: Path
+) -> None:
+    runs = {}
+    for budget in (16, 4096):  # 16 is less than one answer: every pair stands alone, both sides together
+        compute = FLOAT32.model_copy(update={"tokens_per_microbatch": budget})
+        config = reward_config(
+            tmp_path / str(budget), trained.sft, toys.pairs, max_steps=3, heldout=0.0, compute=compute
+        )
+        reward(config)
+        runs[budget] = metrics(config.run_dir), weights(config.run_dir / "final")
+    for name in ("loss", "ranking_loss", "lm_loss", "accuracy", "grad_norm"):
+        one_by_one, together = ([row[name] for row in runs[budget][0]] for budget in (16, 4096))
+        assert one_by_one == pytest.approx(together, rel=1e-5), name
+    assert distance(runs[16][1], runs[4096][1]) < 1e-5
+
+
+def test_trap_24_both_scores_are_read_at_the_last_counted_token(trained: Trained, toys: Toys) -> None:
+    model = reward_player(trained.sft, compute_of(FLOAT32), reward_config(Path(), "", ""), trained=False)
+    rows = token_rows(trained.sft, toys.pairs)[:12]
+    assert len({len(row.chosen) for row in rows}) > 3
+    with torch.no_grad():
+        chosen_B, rejected_B, _ = score_pairs(model, rows, with_lm=False)
+        for i, row in enumerate(rows):
+            for side, batched in (("chosen", chosen_B[i]), ("rejected", rejected_B[i])):
+                assert float(batched) == pytest.approx(float(scalar_loop(model.model, row, side)[0]), abs=1e-5)
+
+
+def test_trap_24_identical_pairs_are_dropped_and_counted(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = pair_rows()[:20]
+    rows[3]["rejected"], rows[7]["rejected"] = rows[3]["chosen"], f" {rows[7]['chosen']} "
+    data = write_rows(tmp_path / "pairs.jsonl", rows)
+    result = reward(reward_config(tmp_path / "run", trained.sft, data, heldout=0.0, max_steps=1))
+    assert result["pairs"] == 18
+    assert f"dropped 2 chosen == rejected (first {data}:4)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("own_file", [False, True])
+def test_trap_31_no_prompt_is_both_learnt_and_held_out(
+    own_file: bool, trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = pair_rows()[:40]
+    # Two pairs a prompt, far apart: a split by row would tear them.
+    doubled = [*rows, *({**row, "chosen": row["chosen"] + " ee"} for row in rows)]
+    settings: dict[str, Any] = {"heldout": 0.3}
+    if own_file:
+        settings = {"heldout_data": (write_rows(tmp_path / "heldout.jsonl", rows[:10]),)}
+    config = reward_config(
+        tmp_path / "run", trained.sft, write_rows(tmp_path / "p.jsonl", doubled), max_steps=1, **settings
+    )
+    result = reward(config)
+    if own_file:
+        assert (result["pairs"], result["heldout_pairs"]) == (60, 10)
+        assert "20 pairs share a held-out prompt" in capsys.readouterr().err
+    else:
+        assert result["pairs"] + result["heldout_pairs"] == 80
+        assert result["pairs"] % 2 == result["heldout_pairs"] % 2 == 0
+
+
+def test_held_out_pairs_that_leave_nothing_to_learn_are_refused(trained: Trained, toys: Toys, tmp_path: Path) -> None:
+    config = reward_config(tmp_path / "run", trained.sft, toys.pairs, heldout_data=(toys.pairs,))
+    with pytest.raises(DataError, match="each of the 225 pairs shares its prompt with heldout_data"):
+        reward(config)
+    with pytest.raises(SetupError, match="max_pairs: found 2, expected at least min_pairs = 4"):
+        reward(reward_config(tmp_path / "run", trained.sft, toys.pairs, max_pairs=2))
+    assert not (tmp_path / "run").exists()
+
+
+def test_plain_transformers_reproduces_the_scores_on_a_ragged_batch(trained: Trained, toys: Toys) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(trained.reward)
+    model = AutoModelForSequenceClassification.from_pretrained(trained.reward)
+    assert model.config.num_labels == 1
+    pairs = read_pairs(toys.pairs)[0][:9]
+    texts = [
+        tokenizer.apply_chat_template([*pair.prompt, {"role": "assistant", "content": pair.chosen}], tokenize=False)
+        for pair in pairs
+    ]
+    batch = tokenizer(texts, padding=True, add_special_tokens=False, return_tensors="pt")
+    assert not batch["attention_mask"].all()
+    with torch.no_grad():
+        plain = model(**batch).logits[:, 0]
+        ours = reward_player(trained.sft, compute_of(FLOAT32), reward_config(Path(), "", ""), trained=False)
+        ours.model.load_state_dict(model.state_dict())
+        expected, _, _ = score_pairs(ours, token_rows(trained.reward, toys.pairs)[:9], with_lm=False)
+    assert plain.tolist() == pytest.approx(expected.tolist(), abs=1e-5)
+    assert plain.std() > 0.05
+
+
+def test_the_same_run_gives_the_same_rows_and_weights_and_is_not_repeated(
+    trained: Trained, toys: Toys, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configs = [reward_config(tmp_path / name, trained.sft, toys.pairs, max_steps=3) for name in "ab"]
+    first, _ = reward(configs[0]), reward(configs[1])
+    assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
+    assert same_bits(weights(tmp_path / "a" / "final"), weights(tmp_path / "b" / "final"))
+    before = file_hashes(tmp_path / "a")
+    assert reward(configs[0]) == first
+    assert file_hashes(tmp_path / "a") == before
+    assert "already finished" in capsys.readouterr().err
+
+
+def test_one_clipped_step_is_adamw(trained: Trained, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "pairs.jsonl", pair_rows()[:60])
+    optim = OptimConfig(lr=1e-2, warmup=0.0, max_grad_norm=0.1)
+    config = reward_config(
+        tmp_path / "run", trained.sft, data, optim=optim, lm_weight=None, **NO_TOKENS_LIMIT
+    )
+    reward(config)
+    model = reward_player(trained.sft, compute_of(FLOAT32), config, trained=True).model
+    losses = []
+    for pair in token_rows(trained.sft, data):
+        margin = scalar_loop(model, pair, "chosen")[0] - scalar_loop(model, pair, "rejected")[0]
+        losses.append(torch.nn.functional.softplus(-margin))
+    torch.stack(losses).mean().backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    torch.optim.AdamW(model.parameters(), lr=1e-2, betas=optim.betas, eps=optim.eps, weight_decay=0.0).step()
+    expected = {name: p.detach() for name, p in model.named_parameters()}
+    after = weights(config.run_dir / "final")
+    # Adam's first step is about lr × sign(gradient): where a gradient is rounding alone, its sign is not defined.
+    for name, tensor in expected.items():
+        assert float(((after[name] - tensor).abs() < 1e-5).float().mean()) > 0.995, name

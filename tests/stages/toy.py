@@ -1,0 +1,208 @@
+"""Toy data, small configurations and rewards for whole runs of the stages on the embedded `tiny` model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ppomax.config import (
+    CriticConfig,
+    KLConfig,
+    ModelConfig,
+    OptimConfig,
+    PPOConfig,
+    RewardConfig,
+    SamplingConfig,
+    SaveConfig,
+    SFTConfig,
+)
+from ppomax.models.embedded import embedded_directory
+from ppomax.rewards.callables import RewardFunction
+from ppomax.rl.shaping import Moments
+from ppomax.rollout.collect import collect, iteration_prompts, response_texts
+from ppomax.stages.ppo import estimate, seen
+from ppomax.stages.ppo_setup import Job, prepare
+from ppomax.stages.scoring import Microbatch, TokenStatistics, plan_minibatches, score
+from ppomax.stages.session import session
+from ppomax.types import Experience, ScoredRollouts
+
+WORDS = "apple river stone cloud green tree lemon house music night bread glass wheel beach seven".split()
+FLOAT32 = ModelConfig(dtype="float32", device="cpu")
+TOP_LAYER = FLOAT32.model_copy(update={"train_layers": 1})
+
+
+def prompt_rows(count: int) -> list[dict[str, Any]]:
+    """Distinct prompts of different lengths, with a column of their own and two sources."""
+    texts = [f"{a} {b}?" if i % 2 else f"{a}, {b} and {a}?" for i, a in enumerate(WORDS) for b in WORDS]
+    rows = [{"prompt": text, "wish": text[0], "source": "odd" if i % 2 else "even"} for i, text in enumerate(texts)]
+    return rows[:: len(rows) // count][:count]
+
+
+def dialogue_rows() -> list[dict[str, Any]]:
+    """Every pair of words asked for, answered the other way round."""
+    return [{"prompt": f"{a} {b}?", "response": f"{b} {a}."} for a in WORDS for b in WORDS]
+
+
+def pair_rows() -> list[dict[str, Any]]:
+    """Preferences that a byte model can learn: the answer with more letters e wins, whatever its length."""
+    draw = random.Random(0)
+
+    def text(letters: str) -> str:
+        return "".join(draw.choice(letters) for _ in range(draw.randint(6, 14)))
+
+    return [
+        {"prompt": f"{a} {b}?", "chosen": text("eeabcd"), "rejected": text("abcdfg"), "source": a[0]}
+        for a in WORDS
+        for b in WORDS
+    ]
+
+
+def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> str:
+    """Rows as JSON lines; returns the path as a data spec."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def share_of_e(prompts: Sequence[Any], responses: Sequence[str], **columns: Any) -> list[float]:
+    """A reward: the share of the response's characters that are the letter e."""
+    return [text.count("e") / max(len(text), 1) for text in responses]
+
+
+def length_reward(prompts: Sequence[Any], responses: Sequence[str], **columns: Any) -> list[float]:
+    """A reward: characters of the response."""
+    return [float(len(text)) for text in responses]
+
+
+given_dense: list[list[float]] = []
+
+
+def dense_reward(prompts: Sequence[Any], responses: Sequence[str], **columns: Any) -> list[list[float]]:
+    """A dense reward: what a test has put into `given_dense`."""
+    return given_dense
+
+
+def is_e(prompts: Sequence[Any], responses: Sequence[str], **columns: Any) -> list[list[float]]:
+    """A dense reward for responses of one token."""
+    return [[float(text == "e")] for text in responses]
+
+
+def other_vocabulary(folder: Path) -> str:
+    """A model like `tiny` whose tokenizer has one token more."""
+    model = AutoModelForCausalLM.from_pretrained(embedded_directory("tiny") or "")
+    tokenizer = AutoTokenizer.from_pretrained(embedded_directory("tiny") or "")
+    tokenizer.add_tokens(["<|extra|>"])
+    with torch.random.fork_rng(devices=[]):
+        model.resize_token_embeddings(len(tokenizer))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def sft_config(run_dir: Path, data: str, **changes: Any) -> SFTConfig:
+    """26 steps that visibly learn."""
+    settings: dict[str, Any] = {
+        "model": "tiny", "data": (data,), "heldout": 0.1, "optim": OptimConfig(lr=5e-3), "compute": FLOAT32,
+    }  # fmt: skip
+    return SFTConfig(run_dir=run_dir, **{**settings, **changes})
+
+
+def reward_config(run_dir: Path, model: str, data: str, **changes: Any) -> RewardConfig:
+    """14 steps that visibly learn."""
+    settings: dict[str, Any] = {
+        "heldout": 0.2, "epochs": 2, "tokens_per_batch": 2048, "optim": OptimConfig(lr=5e-3), "compute": FLOAT32,
+    }  # fmt: skip
+    return RewardConfig(run_dir=run_dir, model=model, data=(data,), **{**settings, **changes})
+
+
+def ppo_config(run_dir: Path, policy: str, prompts: str, **changes: Any) -> PPOConfig:
+    """Iterations of 16 short responses in two minibatches; the reward is a callable, the critic starts from policy."""
+    settings: dict[str, Any] = {
+        "policy": policy, "prompts": (prompts,), "reward": ("stages.toy:share_of_e",), "iterations": 3,
+        "rollout_batch": 16, "minibatch": 8, "max_prompt_tokens": 96, "sampling": SamplingConfig(max_new_tokens=10),
+        "critic": CriticConfig(init="policy", pretrain_iterations=1, optim=OptimConfig(lr=5e-3)),
+        "optim": OptimConfig(lr=5e-3), "compute": FLOAT32, "kl": KLConfig(), "save": SaveConfig(every=100),
+    }  # fmt: skip
+    return PPOConfig(run_dir=run_dir, **{**settings, **changes})
+
+
+def prepared(config: PPOConfig, reward: RewardFunction | None = None) -> Job:
+    """The job of a PPO run before its first iteration."""
+    with session(
+        "ppo", config, run_dir=config.run_dir, save=config.save, unit="iteration", resume=False, fresh=False
+    ) as run:
+        return prepare(run, config, reward)
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl without what may differ between two equal runs."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    volatile = ("seconds", "tokens_per_second", "peak_memory")
+    return [{k: v for k, v in row.items() if not k.startswith(volatile)} for row in rows]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a model directory."""
+    return load_file(folder / "model.safetensors")
+
+
+def same_bits(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    """Whether two sets of tensors are equal, bit for bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """The largest relative difference, in norm, of two sets of tensors."""
+    assert a.keys() == b.keys()
+    return max(float((a[k] - b[k]).norm() / a[k].norm().clamp(min=1e-12)) for k in a)
+
+
+def file_hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file below a folder but the locks, which hold a process id."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+@dataclass(frozen=True)
+class FirstIteration:
+    """What iteration 0 of a run is made of, up to the update."""
+
+    texts: list[str]
+    plan: list[list[Microbatch]]
+    scored: ScoredRollouts
+    statistics: TokenStatistics
+    moments: Moments
+    experience: Experience
+    rewards_BR: torch.Tensor
+
+
+def first_iteration(job: Job) -> FirstIteration:
+    """Iteration 0 by the stage's own steps; nothing is updated but the head of a critic that came from the reward."""
+    config = job.config
+    indices = iteration_prompts(len(job.prompts), job.prompts_per_iteration, 0, config.seed)
+    rollout = collect(
+        job.players.policy, job.prompts, job.prompt_ids, indices, samples=config.samples_per_prompt, iteration=0,
+        seed=config.seed, limit=config.sampling.max_new_tokens, distribution=job.distribution, eos_ids=job.eos_ids,
+        max_rows=config.sampling.max_rows,
+    )  # fmt: skip
+    texts = response_texts(job.players.tokenizer, rollout)
+    plan = plan_minibatches(
+        rollout, job.players, minibatch=config.minibatch, budget=config.compute.tokens_per_microbatch, seed=config.seed,
+        iteration=0,
+    )  # fmt: skip
+    scored, statistics = score(
+        job.players, rollout, plan, texts, temperature=config.sampling.temperature,
+        bootstrap=config.score.truncated == "bootstrap",
+    )  # fmt: skip
+    moments = job.moments = seen(scored, job.moments, config)
+    scored = job.scale_critic(scored)
+    experience, rewards_BR = estimate(scored, moments, config)
+    return FirstIteration(texts, plan, scored, statistics, moments, experience, rewards_BR)
