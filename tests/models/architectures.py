@@ -72,7 +72,7 @@ def enliven(model: nn.Module, seed: int = 1) -> None:
     draw = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=draw) * SPREAD
-        gain = "norm" in name and name.endswith("weight") or "ln_" in name and name.endswith("weight")
+        gain = name.endswith("weight") and ("norm" in name or "ln_" in name)
         parameter.copy_((1.0 if gain else 0.0) + noise)
 
 

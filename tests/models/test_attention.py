@@ -65,9 +65,7 @@ def test_without_a_mask_every_key_is_seen() -> None:
 
 
 @pytest.mark.parametrize(("T", "S"), [(9, 9), (1, 9), (2, 9)])
-def test_beyond_the_longest_the_fused_kernel_computes_the_same(
-    monkeypatch: pytest.MonkeyPatch, T: int, S: int
-) -> None:
+def test_beyond_the_longest_the_fused_kernel_computes_the_same(monkeypatch: pytest.MonkeyPatch, T: int, S: int) -> None:
     layer, query, key, value = problem(6, 2, T, S)
     mask = causal(T, S, (0, 3, 0))
     folded, _ = folded_attention(layer, query, key, value, mask)

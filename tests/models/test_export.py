@@ -117,13 +117,21 @@ def test_the_pad_of_an_exported_reward_model_ends_no_turn(
 def test_a_pad_is_found_for_any_tokenizer(tiny_tokenizer: Any) -> None:
     # The tokenizer's own pad first, then unk, then bos; a text token only where every special token is the eos.
     tiny_tokenizer.pad_token = "<|im_start|>"
-    assert pad_that_ends_no_turn(tiny_tokenizer) == 1
+    assert pad_that_ends_no_turn(tiny_tokenizer, 259) == 1
     tiny_tokenizer.pad_token = tiny_tokenizer.eos_token
-    assert pad_that_ends_no_turn(tiny_tokenizer) == 0
+    assert pad_that_ends_no_turn(tiny_tokenizer, 259) == 0
     tiny_tokenizer.unk_token = None
-    assert pad_that_ends_no_turn(tiny_tokenizer) == 1
+    assert pad_that_ends_no_turn(tiny_tokenizer, 259) == 1
     tiny_tokenizer.unk_token = tiny_tokenizer.bos_token = tiny_tokenizer.eos_token
-    assert pad_that_ends_no_turn(tiny_tokenizer) != tiny_tokenizer.eos_token_id
+    assert pad_that_ends_no_turn(tiny_tokenizer, 259) != tiny_tokenizer.eos_token_id
+
+
+def test_a_pad_beyond_the_embeddings_is_not_written(reward_model: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:
+    tiny_tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    assert tiny_tokenizer.pad_token_id == 259, "the model has no such row"
+    export_scalar(reward_model, tiny_tokenizer, tmp_path)
+    assert load_scalar_lm(str(tmp_path), FLOAT32).config.pad_token_id == 0
+    assert AutoTokenizer.from_pretrained(tmp_path).pad_token_id == 0
 
 
 @pytest.mark.parametrize("pad", ["<|im_end|>", None])
@@ -208,7 +216,9 @@ def test_a_reward_model_of_bfloat16_is_exported_in_bfloat16(lively: str, tiny_to
     assert load_tokenizer(str(tmp_path)).eos_token_id == 2
 
 
-def test_a_critic_that_was_a_reward_model_exports_like_one(lively_reward: str, tiny_tokenizer: Any, tmp_path: Path) -> None:
+def test_a_critic_that_was_a_reward_model_exports_like_one(
+    lively_reward: str, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
     critic = scalar(lively_reward, trained=True)
     with torch.no_grad():
         critic.head.weight.mul_(0.5)

@@ -57,9 +57,7 @@ def test_a_missing_directory_lists_what_a_model_may_be(name: str) -> None:
         model_directory(name)
 
 
-def test_a_missing_directory_below_a_real_one_is_no_hub_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_missing_directory_below_a_real_one_is_no_hub_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs").mkdir()
     with pytest.raises(SetupError, match=re.escape("runs/sft: no such directory (there is a directory runs/ but not")):
@@ -90,7 +88,9 @@ def test_a_model_without_tokenizer(lively: str, tmp_path: Path) -> None:
     for file in folder.glob("tokenizer*"):
         file.unlink()
     assert load_causal_lm(str(folder), FLOAT32) is not None
-    with pytest.raises(SetupError, match=r"no tokenizer could be loaded .*Expected tokenizer\.json beside config\.json"):
+    with pytest.raises(
+        SetupError, match=r"no tokenizer could be loaded .*Expected tokenizer\.json beside config\.json"
+    ):
         load_tokenizer(str(folder))
 
 
@@ -130,7 +130,9 @@ def test_a_reward_model_is_no_policy_if_its_unembedding_is_gone(damaged: Callabl
 
 
 def test_a_scalar_model_without_a_trained_head_is_refused(lively: str) -> None:
-    with pytest.raises(SetupError, match=r"no trained score head \(score\.weight is missing\), expected a reward model"):
+    with pytest.raises(
+        SetupError, match=r"no trained score head \(score\.weight is missing\), expected a reward model"
+    ):
         load_scalar_lm(lively, FLOAT32)
 
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-
 from models.architectures import scalar
+
 from ppomax.data.chat import render_prompt, render_response
 from ppomax.rewards.mixture import Term, is_function, parse_terms, score_texts, weighted_sum
 from ppomax.rewards.model import RewardModel
@@ -18,7 +18,9 @@ TEXTS = ["abc", "de"]
 
 def rollout_of(columns: tuple[dict[str, Any], dict[str, Any]] = ({}, {})) -> Rollout:
     """Two rows whose responses have 4 and 2 tokens."""
-    prompts = tuple(Prompt((Message(role="user", content=t),), key=t, columns=c) for t, c in zip("xy", columns, strict=True))
+    prompts = tuple(
+        Prompt((Message(role="user", content=t),), key=t, columns=c) for t, c in zip("xy", columns, strict=True)
+    )
     return Rollout(
         prompts, ((1, 5), (1, 6)), torch.tensor([[7, 8, 9, 2], [7, 2, 0, 0]]), torch.tensor([4, 2]),
         torch.zeros(2, 4), torch.tensor([False, False]), torch.zeros(2, dtype=torch.long),

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from models.architectures import enliven, plain_scores, scalar
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
-from models.architectures import enliven, plain_scores, scalar
 from ppomax.config import ModelConfig
 from ppomax.data.chat import ROLE_TAGS, render_prompt, render_response
 from ppomax.models.load import export_scalar, load_tokenizer, same_vocabulary
@@ -154,6 +154,8 @@ def test_scoring_leaves_no_gradient(own: RewardModel) -> None:
     assert not own.score_ids(batch).requires_grad
 
 
-def test_the_tokenizer_of_an_exported_reward_model_is_still_the_policys(lively_reward: str, tiny_tokenizer: Any) -> None:
+def test_the_tokenizer_of_an_exported_reward_model_is_still_the_policys(
+    lively_reward: str, tiny_tokenizer: Any
+) -> None:
     assert load_tokenizer(lively_reward).pad_token_id != tiny_tokenizer.pad_token_id
     assert same_vocabulary(load_tokenizer(lively_reward), tiny_tokenizer)

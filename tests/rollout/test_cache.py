@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from models.architectures import VOCABULARY, policy
 from torch import Tensor
 
-from models.architectures import VOCABULARY, policy
 from ppomax.models.players import Policy
 from ppomax.rollout.cache import PreallocatedLayer, preallocated_cache, row_index, select_rows
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-
 from models.architectures import EOS, policy, ragged
+
 from ppomax.data.chat import render_prompt
 from ppomax.models.players import Policy, at_responses
 from ppomax.rollout.collect import collect, eos_token_ids, iteration_prompts, repeated, response_texts

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from models.architectures import EOS, VOCABULARY, policy, ragged, reloaded
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from models.architectures import EOS, VOCABULARY, policy, ragged, reloaded
 from ppomax.engine.randomness import uniforms_for
 from ppomax.models.players import Policy, at_responses
 from ppomax.rollout.sampler import Distribution, Sampled, sample
@@ -187,7 +187,7 @@ def test_the_repetition_penalty_counts_prompt_and_response(lively: str) -> None:
     assert [s.ids for s in responses] != [s.ids for s in sampled(player, prompts, temperature=1e-4, eos=(EOS,))]
 
 
-@pytest.mark.parametrize("warp", [{"top_k": 3}, {"top_p": 0.5}])
+@pytest.mark.parametrize("warp", [{"top_k": 3}, {"top_p": 0.5}, {"repetition_penalty": 3.0}])
 def test_warped_samples_do_not_depend_on_neighbours(player: Policy, warp: dict[str, float]) -> None:
     prompts = many_prompts()
     expected = sampled(player, prompts, **warp)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from stages.toy import (
     file_hashes,
     metrics,
     pair_rows,
+    ranked_rows,
     reward_config,
     same_bits,
     weights,
@@ -25,27 +27,28 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from ppomax.config import OptimConfig
+from ppomax.data.chat import render_prompt, render_response
 from ppomax.data.readers import read_pairs
 from ppomax.data.split import split_by_key
 from ppomax.models.load import load_tokenizer
-from ppomax.stages.inputs import PairTokens, compute_of, pair_tokens
+from ppomax.stages.inputs import RankedTokens, compute_of, ranked_tokens
 from ppomax.stages.reward import reward, reward_player, score_pairs
 from ppomax.types import DataError, SetupError
 
-NO_TOKENS_LIMIT = {"tokens_per_batch": 10**9, "epochs": 1, "heldout": 0.0}
+# All prompts in one optimiser step.
+ONE_STEP: dict[str, Any] = {"tokens_per_batch": 10**9, "max_prompts": 300, "epochs": 1, "heldout": 0.0}
 
 
-def token_rows(model: str, data: str) -> list[PairTokens]:
-    return pair_tokens(load_tokenizer(model), read_pairs(data)[0], 1024)[0]
+def token_rows(model: str, data: str) -> list[RankedTokens]:
+    return ranked_tokens(load_tokenizer(model), read_pairs(data)[0], 1024)[0]
 
 
-def scalar_loop(model: Any, row: PairTokens, side: str) -> tuple[Tensor, Tensor]:
+def scalar_loop(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Score at the last token and summed NLL of the answer: one unpadded row at a time, without our modules."""
-    answer = getattr(row, side)
-    states = model.model(torch.tensor([[*row.prompt, *answer]])).last_hidden_state[0]
+    states = model.model(torch.tensor([[*prompt, *answer]])).last_hidden_state[0]
     score = states[-1] @ model.score.weight[0]
     logprobs = (states @ model.model.embed_tokens.weight.T).log_softmax(-1)
-    first = len(row.prompt)
+    first = len(prompt)
     return score, -sum(logprobs[first + i - 1, token] for i, token in enumerate(answer))
 
 
@@ -69,27 +72,38 @@ def test_the_summary_counts_what_was_held_out(trained: Trained, toys: Toys) -> N
     assert sum(result["margin_histogram"]["counts"]) == len(heldout)
 
 
-def test_the_loss_of_a_step_is_eq_2_of_the_untrained_model(trained: Trained, toys: Toys, tmp_path: Path) -> None:
-    config = reward_config(
-        tmp_path / "run", trained.sft, toys.pairs, ranking_weight=0.5, lm_weight=2.0, max_pairs=300, **NO_TOKENS_LIMIT
-    )
-    reward(config)
+def test_the_loss_of_a_step_is_eq_2_of_the_untrained_model(trained: Trained, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "ranked.jsonl", ranked_rows())
+    config = reward_config(tmp_path / "run", trained.sft, data, ranking_weight=0.5, lm_weight=2.0, **ONE_STEP)
+    result = reward(config)
     (row,) = metrics(config.run_dir)
     model = reward_player(trained.sft, compute_of(FLOAT32), config, trained=True).model
-    ranking = lm = tokens = hits = 0.0
+    ranking = lm = tokens = 0.0
+    hits: list[float] = []
+    by_prompt: dict[str, list[dict[str, str]]] = {}
+    for pair in ranked_rows():
+        by_prompt.setdefault(pair["prompt"], []).append(pair)
+    tokenizer = load_tokenizer(trained.sft)
     with torch.no_grad():
-        for pair in token_rows(trained.sft, toys.pairs):
-            chosen, nll = scalar_loop(model, pair, "chosen")
-            rejected, _ = scalar_loop(model, pair, "rejected")
-            ranking += math.log1p(math.exp(float(rejected - chosen))) / 225
-            lm += float(nll)
-            tokens += len(pair.chosen)
-            hits += float(chosen > rejected) / 225
-    assert row["pairs"] == 225
+        for prompt, pairs in by_prompt.items():
+            ids = render_prompt(tokenizer, [{"role": "user", "content": prompt}])
+            texts = {pair[side] for pair in pairs for side in ("chosen", "rejected")}
+            answers = {text: render_response(tokenizer, text) for text in texts}
+            read = {text: scalar_loop(model, ids, answer) for text, answer in answers.items()}
+            margins = [float(read[pair["chosen"]][0] - read[pair["rejected"]][0]) for pair in pairs]
+            # Every prompt weighs the same, however many pairs it has; the LM term reads its best answer once.
+            ranking += sum(math.log1p(math.exp(-m)) for m in margins) / len(pairs) / len(by_prompt)
+            hits += [float(m > 0) for m in margins]
+            best = max(texts, key=lambda text: text.count("e"))
+            lm += float(read[best][1])
+            tokens += len(answers[best])
+    assert {len(pairs) for pairs in by_prompt.values()} == {1, 3, 6}
+    assert row["pairs"] == result["pairs"] == len(hits)
+    assert result["prompts"] == 15
     assert row["ranking_loss"] == pytest.approx(ranking, rel=1e-4)
     assert row["lm_loss"] == pytest.approx(lm / tokens, rel=1e-4)
     assert row["loss"] == pytest.approx(0.5 * ranking + 2.0 * lm / tokens, rel=1e-4)
-    assert row["accuracy"] == pytest.approx(hits, abs=1e-6)
+    assert row["accuracy"] == pytest.approx(sum(hits) / len(hits), abs=1e-6)
 
 
 def test_the_lm_term_moves_the_trunk_and_not_the_head(trained: Trained, toys: Toys, tmp_path: Path) -> None:
@@ -97,9 +111,8 @@ def test_the_lm_term_moves_the_trunk_and_not_the_head(trained: Trained, toys: To
     sgd_like = OptimConfig(lr=1e-3, warmup=0.0, max_grad_norm=None)
     for weight in (None, 1.0):
         config = reward_config(
-            tmp_path / str(weight), trained.sft, toys.pairs, lm_weight=weight, optim=sgd_like, **NO_TOKENS_LIMIT,
-            max_pairs=300,
-        )  # fmt: skip
+            tmp_path / str(weight), trained.sft, toys.pairs, lm_weight=weight, optim=sgd_like, **ONE_STEP
+        )
         reward(config)
         moved[weight] = metrics(config.run_dir)[0], weights(config.run_dir / "final")
     without, within = moved[None], moved[1.0]
@@ -139,15 +152,16 @@ def test_trap_19_and_24_no_pair_is_split_and_microbatches_change_nothing(
     assert distance(runs[16][1], runs[4096][1]) < 1e-5
 
 
-def test_trap_24_both_scores_are_read_at_the_last_counted_token(trained: Trained, toys: Toys) -> None:
+def test_trap_24_every_score_is_read_at_the_last_counted_token(trained: Trained, tmp_path: Path) -> None:
     model = reward_player(trained.sft, compute_of(FLOAT32), reward_config(Path(), "", ""), trained=False)
-    rows = token_rows(trained.sft, toys.pairs)[:12]
-    assert len({len(row.chosen) for row in rows}) > 3
+    rows = token_rows(trained.sft, write_rows(tmp_path / "ranked.jsonl", ranked_rows()))[:8]
+    assert len({len(response) for row in rows for response in row.responses}) > 3
     with torch.no_grad():
-        chosen_B, rejected_B, _ = score_pairs(model, rows, with_lm=False)
-        for i, row in enumerate(rows):
-            for side, batched in (("chosen", chosen_B[i]), ("rejected", rejected_B[i])):
-                assert float(batched) == pytest.approx(float(scalar_loop(model.model, row, side)[0]), abs=1e-5)
+        chosen_B, rejected_B, _ = score_pairs(model, rows, None, with_lm=False)
+        pairs = [(row.prompt, row.responses[a], row.responses[b]) for row in rows for a, b in row.pairs]
+        for i, (prompt, *sides) in enumerate(pairs):
+            for answer, batched in zip(sides, (chosen_B[i], rejected_B[i]), strict=True):
+                assert float(batched) == pytest.approx(float(scalar_loop(model.model, prompt, answer)[0]), abs=1e-5)
 
 
 def test_trap_24_identical_pairs_are_dropped_and_counted(
@@ -187,8 +201,8 @@ def test_held_out_pairs_that_leave_nothing_to_learn_are_refused(trained: Trained
     config = reward_config(tmp_path / "run", trained.sft, toys.pairs, heldout_data=(toys.pairs,))
     with pytest.raises(DataError, match="each of the 225 pairs shares its prompt with heldout_data"):
         reward(config)
-    with pytest.raises(SetupError, match="max_pairs: found 2, expected at least min_pairs = 4"):
-        reward(reward_config(tmp_path / "run", trained.sft, toys.pairs, max_pairs=2))
+    with pytest.raises(SetupError, match="max_prompts: found 2, expected at least min_prompts = 4"):
+        reward(reward_config(tmp_path / "run", trained.sft, toys.pairs, max_prompts=2))
     assert not (tmp_path / "run").exists()
 
 
@@ -207,7 +221,7 @@ def test_plain_transformers_reproduces_the_scores_on_a_ragged_batch(trained: Tra
         plain = model(**batch).logits[:, 0]
         ours = reward_player(trained.sft, compute_of(FLOAT32), reward_config(Path(), "", ""), trained=False)
         ours.model.load_state_dict(model.state_dict())
-        expected, _, _ = score_pairs(ours, token_rows(trained.reward, toys.pairs)[:9], with_lm=False)
+        expected, _, _ = score_pairs(ours, token_rows(trained.reward, toys.pairs)[:9], None, with_lm=False)
     assert plain.tolist() == pytest.approx(expected.tolist(), abs=1e-5)
     assert plain.std() > 0.05
 
@@ -228,14 +242,13 @@ def test_the_same_run_gives_the_same_rows_and_weights_and_is_not_repeated(
 def test_one_clipped_step_is_adamw(trained: Trained, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "pairs.jsonl", pair_rows()[:60])
     optim = OptimConfig(lr=1e-2, warmup=0.0, max_grad_norm=0.1)
-    config = reward_config(
-        tmp_path / "run", trained.sft, data, optim=optim, lm_weight=None, **NO_TOKENS_LIMIT
-    )
+    config = reward_config(tmp_path / "run", trained.sft, data, optim=optim, lm_weight=None, **ONE_STEP)
     reward(config)
     model = reward_player(trained.sft, compute_of(FLOAT32), config, trained=True).model
     losses = []
-    for pair in token_rows(trained.sft, data):
-        margin = scalar_loop(model, pair, "chosen")[0] - scalar_loop(model, pair, "rejected")[0]
+    for row in token_rows(trained.sft, data):
+        chosen, rejected = (scalar_loop(model, row.prompt, row.responses[i])[0] for i in row.pairs[0])
+        margin = chosen - rejected
         losses.append(torch.nn.functional.softplus(-margin))
     torch.stack(losses).mean().backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)

@@ -38,6 +38,8 @@ from ppomax.types import Experience, ScoredRollouts
 WORDS = "apple river stone cloud green tree lemon house music night bread glass wheel beach seven".split()
 FLOAT32 = ModelConfig(dtype="float32", device="cpu")
 TOP_LAYER = FLOAT32.model_copy(update={"train_layers": 1})
+# What `ppo_config` takes to learn, in a second, something that shows.
+LONGER: dict[str, Any] = {"iterations": 12, "rollout_batch": 32, "minibatch": 16}
 
 
 def prompt_rows(count: int) -> list[dict[str, Any]]:
@@ -53,17 +55,31 @@ def dialogue_rows() -> list[dict[str, Any]]:
 
 
 def pair_rows() -> list[dict[str, Any]]:
-    """Preferences that a byte model can learn: the answer with more letters e wins, whatever its length."""
+    """Preferences that a byte model can learn: the answer with letters e wins, whatever its length."""
     draw = random.Random(0)
 
-    def text(letters: str) -> str:
-        return "".join(draw.choice(letters) for _ in range(draw.randint(6, 14)))
+    def text(share: float) -> str:
+        others = "abcdfghijklmnopqrstuvwxyz,."
+        letters = ["e" if draw.random() < share else draw.choice(others) for _ in range(draw.randint(6, 14))]
+        return "".join(letters)
 
     return [
-        {"prompt": f"{a} {b}?", "chosen": text("eeabcd"), "rejected": text("abcdfg"), "source": a[0]}
+        {"prompt": f"{a} {b}?", "chosen": f"e{text(0.3)}", "rejected": text(0.0), "source": a[0]}
         for a in WORDS
         for b in WORDS
     ]
+
+
+def ranked_rows() -> list[dict[str, Any]]:
+    """Up to four answers to a prompt, and every pair of them that differs in letters e."""
+    draw = random.Random(1)
+    rows = []
+    for a in WORDS:
+        answers = sorted({"e" * i + "".join(draw.choice("abcd") for _ in range(draw.randint(3, 9))) for i in range(4)})
+        answers = answers[: draw.randint(2, 4)]
+        pairs = [(x, y) for x in answers for y in answers if x.count("e") > y.count("e")]
+        rows += [{"prompt": f"{a}?", "chosen": x, "rejected": y} for x, y in pairs]
+    return rows
 
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> str:
@@ -116,9 +132,9 @@ def sft_config(run_dir: Path, data: str, **changes: Any) -> SFTConfig:
 
 
 def reward_config(run_dir: Path, model: str, data: str, **changes: Any) -> RewardConfig:
-    """14 steps that visibly learn."""
+    """32 steps that visibly learn."""
     settings: dict[str, Any] = {
-        "heldout": 0.2, "epochs": 2, "tokens_per_batch": 2048, "optim": OptimConfig(lr=5e-3), "compute": FLOAT32,
+        "heldout": 0.2, "epochs": 4, "lm_weight": 0.2, "tokens_per_batch": 2048, "optim": OptimConfig(lr=5e-3), "compute": FLOAT32,
     }  # fmt: skip
     return RewardConfig(run_dir=run_dir, model=model, data=(data,), **{**settings, **changes})
 

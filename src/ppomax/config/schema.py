@@ -18,20 +18,23 @@ class ModelConfig(Schema):
     """How the models compute."""
 
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="Compute precision; auto = bfloat16 where it is fast. Master weights are always float32."
+        default="auto",
+        description="Compute precision; auto = bfloat16 where it is fast. Master weights are always float32.",
     )
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:0, mps.")
     train_layers: int | None = Field(
         default=None,
         ge=1,
-        description="Train only the uppermost N decoder layers and the final norm. The layers below (and the embeddings)"
-        " stay frozen, shared by all players and computed once for them. None: train everything.",
+        description="Train only the uppermost N decoder layers and the final norm. The layers below and the"
+        " embeddings stay frozen, shared by all players and computed once for them. None: train everything.",
     )
     gradient_checkpointing: bool = Field(
         default=False, description="Recompute activations in the backward pass: less memory, a third more compute."
     )
     tokens_per_microbatch: int = Field(
-        default=4096, ge=16, description="Rows × padded width of one forward-backward pass. Bounds memory, not the result."
+        default=4096,
+        ge=16,
+        description="Rows × padded width of one forward-backward pass. Bounds memory, not the result.",
     )
     chat_template: str | None = Field(
         default=None, description="chatml, role-tags, or a Jinja file, for a tokenizer without a template of its own."
@@ -42,10 +45,16 @@ class OptimConfig(Schema):
     """AdamW and its schedule."""
 
     lr: float = Field(default=1e-5, gt=0, description="Peak learning rate.")
-    warmup: float = Field(default=0.1, ge=0, le=1, description="Share of the steps over which the rate rises linearly from 0.")
+    warmup: float = Field(
+        default=0.1, ge=0, le=1, description="Share of the steps over which the rate rises linearly from 0."
+    )
     schedule: Literal["cosine", "linear", "constant"] = Field(default="cosine", description="Shape after the warm-up.")
-    floor: float = Field(default=0.1, ge=0, le=1, description="Share of the peak at which the schedule ends, flat from there.")
-    weight_decay: float = Field(default=0.0, ge=0, description="Decoupled decay; never on biases, norms and embeddings.")
+    floor: float = Field(
+        default=0.1, ge=0, le=1, description="Share of the peak at which the schedule ends, flat from there."
+    )
+    weight_decay: float = Field(
+        default=0.0, ge=0, description="Decoupled decay; never on biases, norms and embeddings."
+    )
     betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW's moment decay rates.")
     eps: float = Field(default=1e-8, gt=0, description="AdamW's denominator offset.")
     max_grad_norm: float | None = Field(default=1.0, gt=0, description="Global gradient-norm clip; None: no clipping.")
@@ -63,11 +72,17 @@ class SFTConfig(Schema):
 
     run_dir: Path = Field(default=Path("runs/sft"), description="Where everything of this run is written.")
     model: str = Field(default="smollm2-135m", description="Hugging Face directory or hub name, smollm2-135m, or tiny.")
-    data: tuple[str, ...] = Field(default=(), description="Dialogues: JSONL(.gz), Parquet or hub names; FILE#source=NAME tags.")
-    heldout: float = Field(default=0.05, ge=0, lt=1, description="Share of the dialogues, split by prompt, kept for evaluation.")
+    data: tuple[str, ...] = Field(
+        default=(), description="Dialogues: JSONL(.gz), Parquet or hub names; FILE#source=NAME tags."
+    )
+    heldout: float = Field(
+        default=0.05, ge=0, lt=1, description="Share of the dialogues, split by prompt, kept for evaluation."
+    )
     epochs: float = Field(default=2, gt=0, description="Passes over the training rows.")
     batch_size: int = Field(default=16, ge=1, description="Dialogues per optimiser step.")
-    max_length: int = Field(default=1024, ge=8, description="Longest dialogue in tokens; longer ones are cut and counted.")
+    max_length: int = Field(
+        default=1024, ge=8, description="Longest dialogue in tokens; longer ones are cut and counted."
+    )
     eval_every: int = Field(default=20, ge=1, description="Held-out loss every N steps.")
     seed: int = Field(default=0, ge=0, description="Keys the data order.")
     compute: ModelConfig = ModelConfig()
@@ -80,15 +95,23 @@ class RewardConfig(Schema):
 
     run_dir: Path = Field(default=Path("runs/reward"), description="Where everything of this run is written.")
     model: str = Field(default="runs/sft/final", description="The causal LM whose trunk the reward model starts from.")
-    data: tuple[str, ...] = Field(default=(), description="Pairs: JSONL(.gz), Parquet or hub names; FILE#source=NAME tags.")
-    heldout: float = Field(default=0.1, ge=0, lt=1, description="Share of the pairs, split by prompt, kept for evaluation.")
+    data: tuple[str, ...] = Field(
+        default=(), description="Pairs: JSONL(.gz), Parquet or hub names; FILE#source=NAME tags."
+    )
+    heldout: float = Field(
+        default=0.1, ge=0, lt=1, description="Share of the pairs, split by prompt, kept for evaluation."
+    )
     heldout_data: tuple[str, ...] = Field(default=(), description="Held-out pairs of their own instead of a share.")
     epochs: float = Field(default=1, gt=0, description="Passes over the training pairs.")
     max_steps: int | None = Field(default=None, ge=1, description="Stop after N optimiser steps; None: by epochs.")
-    tokens_per_batch: int = Field(default=4096, ge=16, description="Tokens per optimiser step: the paper's dynamic batch.")
+    tokens_per_batch: int = Field(
+        default=4096, ge=16, description="Tokens per optimiser step: the paper's dynamic batch."
+    )
     min_prompts: int = Field(default=4, ge=1, description="Fewest prompts per step; all pairs of a prompt go together.")
     max_prompts: int = Field(default=128, ge=1, description="Most prompts per step; each weighs the same.")
-    max_length: int = Field(default=1024, ge=8, description="Longest prompt + response in tokens; old turns are dropped first.")
+    max_length: int = Field(
+        default=1024, ge=8, description="Longest prompt + response in tokens; old turns are dropped first."
+    )
     ranking_weight: float = Field(default=1.0, gt=0, description="λ of eq. 2: weight of the ranking loss.")
     lm_weight: float | None = Field(
         default=1.0, gt=0, description="β_rm of eq. 2: weight of the LM loss on the preferred response; None: off."
@@ -104,11 +127,17 @@ class SamplingConfig(Schema):
     """The distribution that responses are drawn from."""
 
     max_new_tokens: int = Field(default=64, ge=1, description="Length limit of a response; a longer one is truncated.")
-    temperature: float = Field(default=1.0, gt=0, description="Divides the logits, in sampling and in all scoring but perplexity.")
+    temperature: float = Field(
+        default=1.0, gt=0, description="Divides the logits, in sampling and in all scoring but perplexity."
+    )
     top_p: float | None = Field(default=None, gt=0, lt=1, description="Nucleus sampling (evaluation only).")
     top_k: int | None = Field(default=None, ge=1, description="Keep the k likeliest tokens (evaluation only).")
-    repetition_penalty: float | None = Field(default=None, gt=0, description="Divides repeated tokens' logits (evaluation only).")
-    max_rows: int = Field(default=64, ge=1, description="Sequences decoded side by side. Bounds memory, not the result.")
+    repetition_penalty: float | None = Field(
+        default=None, gt=0, description="Divides repeated tokens' logits (evaluation only)."
+    )
+    max_rows: int = Field(
+        default=64, ge=1, description="Sequences decoded side by side. Bounds memory, not the result."
+    )
 
 
 class KLConfig(Schema):
@@ -122,10 +151,14 @@ class KLConfig(Schema):
 class ScoreConfig(Schema):
     """Reparameterisation of the score (paper 5.3.1)."""
 
-    normalise: bool = Field(default=True, description="Subtract the mean and divide by the std of all scores so far (eq. 18).")
+    normalise: bool = Field(
+        default=True, description="Subtract the mean and divide by the std of all scores so far (eq. 18)."
+    )
     clip: float | None = Field(default=5.0, gt=0, description="δ of eq. 18: bound of the normalised score; None: off.")
     missing_eos_penalty: float | None = Field(
-        default=None, gt=0, description="Subtracted, as a term of its own, where the length limit cut the response; None: off."
+        default=None,
+        gt=0,
+        description="Subtracted, as a term of its own, where the length limit cut the response; None: off.",
     )
     truncated: Literal["score", "bootstrap"] = Field(
         default="score",
@@ -137,13 +170,19 @@ class ScoreConfig(Schema):
 class CriticConfig(Schema):
     """The value function."""
 
-    init: str = Field(default="reward", description="reward: from the reward model; policy: from the policy with a fresh head;"
-                      " or a directory.")  # fmt: skip
+    init: str = Field(
+        default="reward",
+        description="reward: from the reward model; policy: from the policy, with a fresh head; or a directory.",
+    )
     pretrain_iterations: int = Field(
         default=2, ge=0, description="First iterations that train the critic alone; the policy does not move."
     )
-    pretrain_epochs: int = Field(default=2, ge=1, description="Passes over each rollout batch while the critic is pre-trained.")
-    value_clip: float | None = Field(default=0.2, gt=0, description="Bound of V's move from its old value; None: plain MSE.")
+    pretrain_epochs: int = Field(
+        default=2, ge=1, description="Passes over each rollout batch while the critic is pre-trained."
+    )
+    value_clip: float | None = Field(
+        default=0.2, gt=0, description="Bound of V's move from its old value; None: plain MSE."
+    )
     target: Literal["lambda_return", "monte_carlo"] = Field(
         default="lambda_return", description="Advantages + old values, or the discounted sum of rewards (eq. 16)."
     )
@@ -154,7 +193,9 @@ class PPOConfig(Schema):
     """PPO on a language model: Algorithm 1 of the paper."""
 
     run_dir: Path = Field(default=Path("runs/ppo"), description="Where everything of this run is written.")
-    policy: str = Field(default="runs/sft/final", description="The SFT model: start of the policy and, frozen, the reference.")
+    policy: str = Field(
+        default="runs/sft/final", description="The SFT model: start of the policy and, frozen, the reference."
+    )
     reward: tuple[str, ...] = Field(
         default=("runs/reward/final",),
         description="Reward-model directory, module:function, or several with weights: 0.7*DIR 0.3*pkg.mod:fn.",
@@ -162,18 +203,24 @@ class PPOConfig(Schema):
     prompts: tuple[str, ...] = Field(default=(), description="Prompts in any of the data formats; answers are ignored.")
     ptx_data: tuple[str, ...] = Field(default=(), description="Dialogues or plain text for the ptx loss.")
     ptx_weight: float | None = Field(default=None, gt=0, description="λ_ptx: weight of the ptx loss; None: off.")
-    ptx_batch: int | None = Field(default=None, ge=1, description="ptx dialogues per optimiser step; None: as many as minibatch.")
+    ptx_batch: int | None = Field(
+        default=None, ge=1, description="ptx dialogues per optimiser step; None: as many as minibatch."
+    )
     iterations: int = Field(default=100, ge=1, description="Rollout batches in all, critic pre-training included.")
     rollout_batch: int = Field(default=128, ge=1, description="Responses per iteration.")
     samples_per_prompt: int = Field(default=1, ge=1, description="Responses per prompt within a rollout batch.")
     minibatch: int = Field(default=32, ge=1, description="Responses per optimiser step.")
     epochs: int = Field(default=1, ge=1, description="Passes over a rollout batch.")
-    max_prompt_tokens: int = Field(default=512, ge=4, description="Old turns are dropped to fit; a prompt that can't is dropped.")
+    max_prompt_tokens: int = Field(
+        default=512, ge=4, description="Old turns are dropped to fit; a prompt that can't is dropped."
+    )
     gamma: float = Field(default=1.0, ge=0, le=1, description="γ: discount.")
     gae_lambda: float = Field(default=0.9, ge=0, le=1, description="λ of GAE.")
     clip_ratio: float = Field(default=0.2, gt=0, description="ε of the clipped surrogate.")
     whiten_advantages: bool = Field(default=False, description="Normalise advantages over each minibatch.")
-    advantage_clip: float | None = Field(default=None, gt=0, description="Bound of the advantages after whitening; None: off.")
+    advantage_clip: float | None = Field(
+        default=None, gt=0, description="Bound of the advantages after whitening; None: off."
+    )
     sampling: SamplingConfig = SamplingConfig()
     kl: KLConfig = KLConfig()
     score: ScoreConfig = ScoreConfig()
@@ -182,7 +229,9 @@ class PPOConfig(Schema):
     judge: str | None = Field(
         default=None, description="module:function scored on every rollout for the log only; the policy never sees it."
     )
-    stop_on_alarm: bool = Field(default=False, description="End the run, saved, when a collapse alarm of severity stop is raised.")
+    stop_on_alarm: bool = Field(
+        default=False, description="End the run, saved, when a collapse alarm of severity stop is raised."
+    )
     seed: int = Field(default=0, ge=0, description="Keys prompts' order and every sequence's random stream.")
     compute: ModelConfig = ModelConfig()
     save: SaveConfig = SaveConfig(every=10)
@@ -193,17 +242,28 @@ class EvaluateConfig(Schema):
 
     run_dir: Path = Field(default=Path("runs/evaluate"), description="Where everything of this run is written.")
     policy: str = Field(default="runs/ppo/final", description="The model to judge.")
-    baseline: str = Field(default="runs/sft/final", description="The model that it is compared with, and the KL's reference.")
+    baseline: str = Field(
+        default="runs/sft/final", description="The model that it is compared with, and the KL's reference."
+    )
     prompts: tuple[str, ...] = Field(default=(), description="Held-out prompts in any of the data formats.")
-    reward: str | None = Field(default="runs/reward/final", description="Reward model that scores both; None: judge only.")
+    reward: str | None = Field(
+        default="runs/reward/final", description="Reward model that scores both; None: judge only."
+    )
     judge: tuple[str, ...] = Field(
-        default=(), description="module:function that scores both, e.g. ppomax.rewards.judge:sentiment; the first one decides."
+        default=(),
+        description="module:function that scores both, e.g. ppomax.rewards.judge:sentiment; the first one decides.",
     )
     judge_tie: float = Field(default=0.05, ge=0, description="Judge scores closer than this are a tie.")
     samples_per_prompt: int = Field(default=4, ge=1, description="Responses per prompt and system.")
-    best_of: tuple[int, ...] = Field(default=(), description="Also judge best-of-n of the baseline by the reward model.")
-    max_prompts: int | None = Field(default=None, ge=1, description="Use the first N prompts; None: all.")
-    max_prompt_tokens: int = Field(default=512, ge=4, description="Old turns are dropped to fit; a prompt that can't is dropped.")
+    best_of: tuple[int, ...] = Field(
+        default=(), description="Also judge best-of-n of the baseline by the reward model."
+    )
+    max_prompts: int | None = Field(
+        default=None, ge=1, description="Use the first N prompts of every source; None: all."
+    )
+    max_prompt_tokens: int = Field(
+        default=512, ge=4, description="Old turns are dropped to fit; a prompt that can't is dropped."
+    )
     sampling: SamplingConfig = SamplingConfig(temperature=0.8, top_p=0.9, repetition_penalty=1.1)
     seed: int = Field(default=0, ge=0, description="Keys every sequence's random stream.")
     compute: ModelConfig = ModelConfig()
@@ -213,9 +273,13 @@ class ChatConfig(Schema):
     """Talk to a model."""
 
     model: str = Field(default="runs/quickstart/ppo/final", description="Directory or name of a causal LM.")
-    against: str | None = Field(default=None, description="A second model that answers the same message, for comparison.")
+    against: str | None = Field(
+        default=None, description="A second model that answers the same message, for comparison."
+    )
     system: str | None = Field(default=None, description="A system message to start with.")
-    message: str | None = Field(default=None, description="Answer this one message and exit, instead of an interactive chat.")
+    message: str | None = Field(
+        default=None, description="Answer this one message and exit, instead of an interactive chat."
+    )
     sampling: SamplingConfig = SamplingConfig(temperature=0.8, max_new_tokens=128)
     seed: int = Field(default=0, ge=0, description="Keys the random stream.")
     compute: ModelConfig = ModelConfig()

@@ -152,7 +152,8 @@ def _expect_prefix(ids: list[int], prefix: list[int], tokenizer: PreTrainedToken
         raise SetupError(
             f"chat template of {tokenizer.name_or_path or 'the tokenizer'}: a dialogue does not start with the ids of "
             f"its own prefix (they part at token {at}: prefix {tokenizer.decode(prefix[at : at + 5])!r}, dialogue "
-            f"{tokenizer.decode(ids[at : at + 5])!r}), so a loss mask cannot be made. Give another --compute.chat-template"
+            f"{tokenizer.decode(ids[at : at + 5])!r}), so a loss mask cannot be made. "
+            "Give another --compute.chat-template"
         )
 
 

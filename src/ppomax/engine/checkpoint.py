@@ -240,7 +240,7 @@ def _number(path: Path) -> int:
 def _saved(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Name → (shape, dtype) of every tensor in a checkpoint, from the file headers."""
     metadata = HuggingFaceStorageReader(str(path)).read_metadata().state_dict_metadata
-    return {name: (tuple(entry.size), entry.properties.dtype) for name, entry in metadata.items()}
+    return {name: (tuple(entry.size), entry.properties.dtype) for name, entry in metadata.items()}  # type: ignore[union-attr]
 
 
 def _differences(wanted: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:

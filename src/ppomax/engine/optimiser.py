@@ -54,7 +54,7 @@ class Optimiser:
         )  # fmt: skip
 
     @staticmethod
-    def _collector(master: Tensor):  # noqa: ANN205
+    def _collector(master: Tensor):
         def collect(parameter: Tensor) -> None:
             assert parameter.grad is not None
             gradient = parameter.grad.float()

@@ -33,18 +33,20 @@ def folded_attention(
     kv_heads, S = key.shape[1], key.shape[2]
     for option in UNSUPPORTED:
         if kwargs.get(option) is not None:
-            raise SetupError(f"{type(module).__name__}: its attention needs {option}; this architecture is not supported")
+            raise SetupError(
+                f"{type(module).__name__}: its attention needs {option}; this architecture is not supported"
+            )
     if max(T, S) > LONGEST_FOLDED or dropout:
         fused = ALL_ATTENTION_FUNCTIONS["sdpa"]
         return fused(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
     groups = heads // kv_heads
-    scaling = D**-0.5 if scaling is None else scaling
+    scale = float(D) ** -0.5 if scaling is None else scaling
     if T == 1:
         # Decoding: the fused kernel reads the strided cache in place, where a batched product would copy it.
         folded = query.reshape(B, kv_heads, groups, D)
-        out = F.scaled_dot_product_attention(folded, key, value, attn_mask=attention_mask, scale=scaling)
+        out = F.scaled_dot_product_attention(folded, key, value, attn_mask=attention_mask, scale=scale)
         return out.reshape(B, 1, heads, -1), None
-    folded = (query * scaling).reshape(B * kv_heads, groups * T, D)
+    folded = (query * scale).reshape(B * kv_heads, groups * T, D)
     scores = torch.bmm(folded, key.reshape(B * kv_heads, S, D).transpose(1, 2)).view(B, kv_heads, groups, T, S)
     if attention_mask is not None:
         scores = scores + attention_mask[:, :, None]

@@ -67,7 +67,7 @@ def _convert_smollm2(folder: Path) -> None:
         settings.pop(key, None)
     model = LlamaForCausalLM(LlamaConfig(**settings))
     model.load_state_dict({k: v.float() for k, v in quantised.state_dict().items()})
-    model.to(torch.bfloat16).save_pretrained(folder)
+    model.bfloat16().save_pretrained(folder)
     tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(folder)
 

@@ -25,7 +25,9 @@ def split_is_exact(base: Any, count: int) -> bool:
     False for architectures whose layers are not interchangeable with inputs_embeds (scaled embeddings, say), and for
     those that choose a layer's attention by its number, which a view shifts: a few tokens do not show a long window.
     """
-    if not (isinstance(getattr(base, "layers", None), nn.ModuleList) and isinstance(getattr(base, "norm", None), nn.Module)):
+    if not (
+        isinstance(getattr(base, "layers", None), nn.ModuleList) and isinstance(getattr(base, "norm", None), nn.Module)
+    ):
         return False
     if len(set(getattr(base.config, "layer_types", None) or ())) > 1:
         return False

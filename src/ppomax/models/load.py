@@ -104,7 +104,7 @@ def load_causal_lm(name: str, compute: Compute) -> nn.Module:
 
 
 def load_scalar_lm(name: str, compute: Compute, *, fresh_head_seed: int | None = None) -> nn.Module:
-    """A sequence classifier with one label. Its head must have been trained, unless `fresh_head_seed` starts a new one."""
+    """A sequence classifier with one label, its head trained unless `fresh_head_seed` starts a new one."""
     model, absent = _load(AutoModelForSequenceClassification, name, compute, num_labels=1)
     head = scalar_head(model)
     untrained = {key: why for key, why in absent.items() if key.startswith("score.")}
@@ -143,7 +143,7 @@ def export_scalar(model: nn.Module, tokenizer: Any, folder: Path) -> None:
     transformers pools at the rightmost id that is not `pad_token_id`: the pad must be an id that cannot end a turn,
     and the template must end at the turn's eos.
     """
-    pad = pad_that_ends_no_turn(tokenizer)
+    pad = pad_that_ends_no_turn(tokenizer, model.get_input_embeddings().num_embeddings)  # type: ignore[operator]
     config: Any = model.config
     before = config.pad_token_id, tokenizer.pad_token, tokenizer.chat_template
     try:
@@ -155,11 +155,15 @@ def export_scalar(model: nn.Module, tokenizer: Any, folder: Path) -> None:
         config.pad_token_id, tokenizer.pad_token, tokenizer.chat_template = before
 
 
-def pad_that_ends_no_turn(tokenizer: Any) -> int:
-    """A special id other than the eos, preferring the tokenizer's own pad, then its unknown token."""
+def pad_that_ends_no_turn(tokenizer: Any, vocabulary: int) -> int:
+    """A special id other than the eos, preferring the tokenizer's own pad, then its unknown token.
+
+    vocabulary: the model's embeddings; a pad beyond them (added to the tokenizer alone) could not be loaded again.
+    """
     eos = tokenizer.eos_token_id
-    for candidate in (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, *tokenizer.all_special_ids):
-        if candidate is not None and candidate != eos:
+    preferred = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, *tokenizer.all_special_ids)
+    for candidate in preferred:
+        if candidate is not None and candidate != eos and candidate < vocabulary:
             return int(candidate)
     return 0 if eos != 0 else 1
 

@@ -48,7 +48,9 @@ def token_statistics(
 
 class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float):  # noqa: ANN205
+    def forward(
+        ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float
+    ) -> Tensor:
         normaliser = torch.empty(len(targets), dtype=torch.float32, device=states.device)
         logprobs = torch.empty_like(normaliser)
         for rows in _chunks(len(targets), weight.shape[0]):
@@ -60,7 +62,8 @@ class _TokenLogprobs(torch.autograd.Function):
         return logprobs
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor):  # noqa: ANN205
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
         states, weight, bias, targets, normaliser = ctx.saved_tensors
         wants_states, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         d_states = torch.empty_like(states) if wants_states else None

@@ -25,7 +25,7 @@ from ppomax.types import SetupError, TokenBatch
 class TokenScores:
     """Float32 [B, T]: entry t is about token t given the tokens before it; 0 where not asked for.
 
-    logprobs at the sampling temperature; entropy of the same distribution, plain_logprobs at temperature 1 (statistics).
+    logprobs at the sampling temperature, entropy of the same distribution, plain_logprobs at temperature 1.
     """
 
     logprobs_BT: Tensor
@@ -36,7 +36,9 @@ class TokenScores:
 class Player(nn.Module):
     """A decoder stack, of which only the uppermost `train_layers` are trained if that is given."""
 
-    def __init__(self, model: nn.Module, *, train_layers: int | None, trained: bool, checkpointing: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, *, train_layers: int | None, trained: bool, checkpointing: bool = False
+    ) -> None:
         super().__init__()
         self.model = model
         self.base: Any = getattr(model, model.base_model_prefix)  # type: ignore[arg-type]
@@ -85,7 +87,9 @@ class Player(nn.Module):
 class Policy(Player):
     """Policy or reference: log-probs of given tokens."""
 
-    def __init__(self, model: nn.Module, *, train_layers: int | None, trained: bool, checkpointing: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, *, train_layers: int | None, trained: bool, checkpointing: bool = False
+    ) -> None:
         super().__init__(model, train_layers=train_layers, trained=trained, checkpointing=checkpointing)
         if not head_is_linear(model, self.base):
             raise SetupError(f"{type(model).__name__} changes its logits after the unembedding; this is not supported")
@@ -142,7 +146,7 @@ class Scalar(Player):
         self.unembedding = unembedding
 
     def forward(self, batch: TokenBatch, *, lm_mask_BT: Tensor | None = None) -> ScalarOutput:
-        """The scalar at every token and, under `lm_mask_BT`, log-probs of the tokens from the same trunk (eq. 2's p')."""
+        """The scalar at every token and, under `lm_mask_BT`, the tokens' log-probs from the same trunk (eq. 2's p')."""
         hidden = self.hidden(batch)
         bias = None if self.head.bias is None else self.head.bias.float()
         values = F.linear(hidden.float(), self.head.weight.float(), bias)[..., 0]

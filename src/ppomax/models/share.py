@@ -24,8 +24,8 @@ def share_trunk(first: Player, other: Player, *, roles: tuple[str, str]) -> None
     different = first_difference(first, other)
     if different is not None:
         raise SetupError(
-            f"train_layers: the frozen lower layers of {roles[0]} and {roles[1]} differ, first in {different}; expected "
-            "both trained from the same model with the same train_layers. Train them so, or set train_layers to None"
+            f"train_layers: the frozen lower layers of {roles[0]} and {roles[1]} differ, first in {different}; "
+            "expected both trained from the same model with the same train_layers. Train them so, or leave it None"
         )
     count = len(first.base.layers) - (first.train_layers or 0)
     for i in range(count):

@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from ppomax.types import DataError, Message, SetupError
 
@@ -28,7 +28,7 @@ def load_function(spec: str) -> RewardFunction:
     function = getattr(module, name, None)
     if not callable(function):
         raise SetupError(f"{spec}: found no callable '{name}' in {module_name}, expected module:function")
-    return function
+    return cast(RewardFunction, function)
 
 
 def call(

@@ -40,9 +40,7 @@ def is_function(spec: str) -> bool:
     return bool(re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", spec))
 
 
-def score_texts(
-    terms: list[Term], rollout: Rollout, texts: list[str]
-) -> tuple[dict[str, Tensor], Tensor | None]:
+def score_texts(terms: list[Term], rollout: Rollout, texts: list[str]) -> tuple[dict[str, Tensor], Tensor | None]:
     """Unweighted components by name ([B] each) of the terms that read text, and their weighted dense rewards [B, R]."""
     prompts = [prompt.messages for prompt in rollout.prompts]
     columns = shared_columns([prompt.columns for prompt in rollout.prompts])

@@ -61,12 +61,12 @@ def collect(
     )  # fmt: skip
 
 
-def response_texts(tokenizer, rollout: Rollout) -> list[str]:  # noqa: ANN001
+def response_texts(tokenizer, rollout: Rollout) -> list[str]:
     """What the responses say, special tokens left out."""
     return [text.strip() for text in tokenizer.batch_decode(rollout.responses(), skip_special_tokens=True)]
 
 
-def eos_token_ids(model, tokenizer) -> list[int]:  # noqa: ANN001
+def eos_token_ids(model, tokenizer) -> list[int]:
     """Every id that ends a response: the tokenizer's eos and those of the model's generation config."""
     ids = {int(tokenizer.eos_token_id)}
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)

@@ -105,7 +105,7 @@ def _decode(
     return [Sampled(i, p, i[-1] not in eos) for i, p in zip(ids, logprobs, strict=True)]
 
 
-def _prefill(policy, prompts, width, cache, device):  # noqa: ANN001, ANN202
+def _prefill(policy, prompts, width, cache, device):
     """Left-padded prompts through the model once each; rows of equal prompts are copies of the first."""
     unique: dict[tuple[int, ...], int] = {}
     source = [unique.setdefault(tuple(p), len(unique)) for p in prompts]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -68,7 +69,8 @@ def _evaluate(run: Run, config: EvaluateConfig) -> dict[str, Any]:
         )
     specs = required(config.prompts, "prompts", "held-out prompts")
     prompts, ids, report = fitted_prompts(tokenizer, specs, config.max_prompt_tokens)
-    prompts, ids = prompts[: config.max_prompts], ids[: config.max_prompts]
+    rows = _first_of_each(prompts, config.max_prompts)
+    prompts, ids = [prompts[i] for i in rows], [ids[i] for i in rows]
     print(f"evaluate: {report}; {len(prompts)} prompts × {config.samples_per_prompt} samples a system")
     policy = Policy(load_causal_lm(config.policy, compute), train_layers=None, trained=False)
     baseline = Policy(load_causal_lm(config.baseline, compute), train_layers=None, trained=False)
@@ -85,6 +87,17 @@ def _evaluate(run: Run, config: EvaluateConfig) -> dict[str, Any]:
     return _report(run, config, Systems(policy, baseline, model, judges), before, after, pool)
 
 
+def _first_of_each(prompts: Sequence[Prompt], most: int | None) -> list[int]:
+    """The first `most` prompts of every source, in the given order; all of them for None."""
+    taken: Counter[str] = Counter()
+    rows = []
+    for i, prompt in enumerate(prompts):
+        taken[prompt.source] += 1
+        if most is None or taken[prompt.source] <= most:
+            rows.append(i)
+    return rows
+
+
 @dataclass(frozen=True)
 class Systems:
     """Who is compared, and who judges."""
@@ -99,7 +112,9 @@ class Systems:
         if self.reward is None:
             return None
         if self.reward.reads_ids:
-            return self.reward.score_rows(list(zip(answers.rollout.prompt_ids, answers.rollout.responses(), strict=True)))
+            return self.reward.score_rows(
+                list(zip(answers.rollout.prompt_ids, answers.rollout.responses(), strict=True))
+            )
         return self.reward.score_text([p.messages for p in answers.rollout.prompts], answers.texts)
 
     def judged(self, answers: Answers) -> dict[str, list[float]]:
@@ -241,7 +256,9 @@ def _compare(
     """Win, tie, lose of `after` against `before`, overall and per source where there are several."""
 
     def rates(rows: Sequence[int]) -> dict[str, Any]:
-        result = win_rate([after[i] for i in rows], [before[i] for i in rows], tie=tie, groups=[groups[i] for i in rows])
+        result = win_rate(
+            [after[i] for i in rows], [before[i] for i in rows], tie=tie, groups=[groups[i] for i in rows]
+        )
         means = {"mean_before": _mean([before[i] for i in rows]), "mean_after": _mean([after[i] for i in rows])}
         return {**asdict(result), "ci95": list(result.ci95), **means, "comparisons": len(rows)}
 

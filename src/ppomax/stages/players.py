@@ -101,7 +101,8 @@ def _load_critic(config: PPOConfig, compute: Compute, tokenizer: Any, terms: lis
             raise SetupError(f"critic.init: {name} has another vocabulary than the policy; use --critic.init policy")
     model = load_scalar_lm(name, compute, fresh_head_seed=seed)
     return Scalar(
-        model, train_layers=config.compute.train_layers, trained=True, checkpointing=config.compute.gradient_checkpointing
+        model, train_layers=config.compute.train_layers, trained=True,
+        checkpointing=config.compute.gradient_checkpointing,
     )  # fmt: skip
 
 

@@ -81,7 +81,9 @@ def train(run: Session, config: PPOConfig, reward: RewardFunction | None) -> dic
 
 def seen(scored: ScoredRollouts, moments: Moments, config: PPOConfig) -> Moments:
     """The score history with this batch included; bootstrapped rows carry no score and stay out."""
-    counted = ~scored.rollout.truncated_B if config.score.truncated == "bootstrap" else torch.ones_like(scored.score_B) > 0
+    counted = (
+        ~scored.rollout.truncated_B if config.score.truncated == "bootstrap" else torch.ones_like(scored.score_B) > 0
+    )
     return moments.update(scored.score_B[counted].tolist())
 
 

@@ -112,7 +112,8 @@ def note(row: dict[str, Any]) -> str:
     """The few numbers beside the progress bar."""
     gold = f", judge {row['gold_mean']:.2f}" if "gold_mean" in row else ""
     warning = f", {len(row['alarms'])} alarms" if row.get("alarms") else ""
-    return f"score {row['score_mean']:.2f}{gold}, KL {row['kl_per_sequence']:.1f}, length {row['response_length']:.0f}{warning}"
+    reached = f"KL {row['kl_per_sequence']:.1f}, length {row['response_length']:.0f}"
+    return f"score {row['score_mean']:.2f}{gold}, {reached}{warning}"
 
 
 def _peak_memory_gib(device: torch.device) -> float:

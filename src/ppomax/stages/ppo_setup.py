@@ -163,8 +163,8 @@ def _expect_possible(config: PPOConfig) -> None:
     warped = [k for k in ("top_p", "top_k", "repetition_penalty") if getattr(config.sampling, k) is not None]
     if warped:
         raise SetupError(
-            f"sampling.{warped[0]}: found {getattr(config.sampling, warped[0])}, expected None: the KL to the reference "
-            "and the ratio are undefined off the sampled support. Use it in `ppomax evaluate`"
+            f"sampling.{warped[0]}: found {getattr(config.sampling, warped[0])}, expected None: the KL to the "
+            "reference and the ratio are undefined off the sampled support. Use it in `ppomax evaluate`"
         )
     if config.ptx_weight is not None and not config.ptx_data:
         raise SetupError("ptx_weight: found a weight but no ptx_data; give --ptx-data FILE or --ptx-weight None")
@@ -198,12 +198,13 @@ def _print_plan(run: Session, job: Job, report: str, ptx_report: str) -> None:
             "rollout": f"{config.rollout_batch} responses = {job.prompts_per_iteration} prompts × "
             f"{config.samples_per_prompt}, at most {config.sampling.max_new_tokens} tokens, temperature "
             f"{config.sampling.temperature:g}",
-            "steps": f"{steps} an iteration (minibatch {config.minibatch}, {config.epochs} epochs), {policy_steps} in all",
+            "steps": f"{steps} an iteration ({config.minibatch} responses each, {config.epochs} epochs), "
+            f"{policy_steps} in all",
             "policy": schedule(config.optim, policy_steps),
             "critic": schedule(config.critic.optim, policy_steps),
             "ptx": ptx_report,
-            "compute": f"{players.compute.device}, {str(players.compute.dtype)[6:]}, vocabulary {vocabulary:,}, sequences "
-            f"up to {longest} tokens",
+            "compute": f"{players.compute.device}, {str(players.compute.dtype)[6:]}, vocabulary {vocabulary:,}, "
+            f"sequences up to {longest} tokens",
             "memory": f"weights {_gib(weights)}, masters and moments {_gib(states)}, checkpoint {_gib(states)}",
         },
     )

@@ -35,9 +35,9 @@ from ppomax.stages.reward import reward
 from ppomax.stages.sft import sft
 
 DATA = files("ppomax.data") / "quickstart"
-SAMPLING = SamplingConfig(max_new_tokens=40, temperature=0.8, max_rows=256)
+SAMPLING = SamplingConfig(max_new_tokens=40, temperature=0.7, max_rows=256)
 TIE = 0.05
-SAMPLES = 6
+SAMPLES = 8
 
 
 def quickstart(config: QuickstartConfig) -> dict[str, Any]:
@@ -82,26 +82,26 @@ def stage_configs(config: QuickstartConfig) -> dict[str, Any]:
     return {
         "sft": SFTConfig(
             run_dir=at / "sft", model=config.model, data=(_data("dialogues"),), heldout=0.05, epochs=2, batch_size=16,
-            max_length=256, eval_every=25, seed=config.seed, compute=compute, optim=OptimConfig(lr=2e-4),
+            max_length=256, eval_every=25, seed=config.seed, compute=compute, optim=OptimConfig(lr=1e-4),
         ),
         "reward": RewardConfig(
-            run_dir=at / "reward", model=str(at / "sft" / "final"), data=(str(at / "pairs.jsonl"),), heldout=0.1,
-            epochs=1, tokens_per_batch=1536, max_length=256, lm_weight=0.1, eval_every=25, seed=config.seed,
-            compute=compute, optim=OptimConfig(lr=2e-4),
+            run_dir=at / "reward", model=str(at / "sft" / "final"), data=(str(at / "pairs.jsonl"),), heldout=0.06,
+            epochs=2, tokens_per_batch=2560, max_length=256, lm_weight=0.1, eval_every=25, seed=config.seed,
+            compute=compute, optim=OptimConfig(lr=3e-4),
         ),
         "ppo": PPOConfig(
             run_dir=at / "ppo", policy=str(at / "sft" / "final"), reward=(str(at / "reward" / "final"),),
-            prompts=(_data("prompts"),), ptx_data=(_data("dialogues"),), ptx_weight=0.1, ptx_batch=8,
-            iterations=20, rollout_batch=64, minibatch=32, max_prompt_tokens=160, gae_lambda=0.95, sampling=SAMPLING,
-            kl=KLConfig(coefficient=0.05), critic=CriticConfig(pretrain_iterations=2, optim=OptimConfig(lr=3e-4)),
-            optim=OptimConfig(lr=1.5e-4), judge="ppomax.rewards.judge:gold", seed=config.seed, compute=compute,
+            prompts=(_data("prompts"),), ptx_data=(_data("dialogues"),), ptx_weight=0.2, ptx_batch=8,
+            iterations=16, rollout_batch=64, minibatch=32, max_prompt_tokens=160, gae_lambda=0.95, sampling=SAMPLING,
+            kl=KLConfig(coefficient=0.1), critic=CriticConfig(pretrain_iterations=2, optim=OptimConfig(lr=3e-4)),
+            optim=OptimConfig(lr=8e-5), judge="ppomax.rewards.judge:gold", seed=config.seed, compute=compute,
             save=SaveConfig(every=5, keep=1),
         ),
         "evaluate": EvaluateConfig(
             run_dir=at / "evaluate", policy=str(at / "ppo" / "final"), baseline=str(at / "sft" / "final"),
             prompts=(_data("heldout"),), reward=str(at / "reward" / "final"),
-            judge=("ppomax.rewards.judge:sentiment", "ppomax.rewards.judge:gold"), judge_tie=TIE, samples_per_prompt=4, best_of=(4, 16), max_prompts=64, sampling=SAMPLING, seed=config.seed,
-            compute=compute,
+            judge=("ppomax.rewards.judge:sentiment", "ppomax.rewards.judge:gold"), judge_tie=TIE, samples_per_prompt=4,
+            best_of=(4, 16), max_prompts=54, sampling=SAMPLING, seed=config.seed, compute=compute,
         ),
     }  # fmt: skip
 
@@ -132,7 +132,9 @@ def _data(name: str) -> str:
 
 
 def _summary(run: Run, config: QuickstartConfig, seconds: dict[str, float], wall: float) -> dict[str, Any]:
-    results = {name: json.loads((run.path / name / "summary.json").read_text()) for name in ("reward", "ppo", "evaluate")}
+    results = {
+        name: json.loads((run.path / name / "summary.json").read_text()) for name in ("reward", "ppo", "evaluate")
+    }
     compared = results["evaluate"]
     return {
         "wall_seconds": round(max(wall, sum(seconds.values())), 1),

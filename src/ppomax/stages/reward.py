@@ -38,6 +38,10 @@ def reward(config: RewardConfig, *, resume: bool = False, fresh: bool = False) -
 
 def _train(run: Session, config: RewardConfig) -> dict[str, Any]:
     compute = compute_of(config.compute)
+    if config.max_prompts < config.min_prompts:
+        raise SetupError(
+            f"max_prompts: found {config.max_prompts}, expected at least min_prompts = {config.min_prompts}"
+        )
     learn, held, report = _pairs(config)
     tokenizer = load_tokenizer(config.model, config.compute.chat_template)
     rows, cut = ranked_tokens(tokenizer, learn, config.max_length)
@@ -54,8 +58,8 @@ def _train(run: Session, config: RewardConfig) -> dict[str, Any]:
         f"reward: {config.model} → {run.run.final}",
         {
             "data": f"{report}; {cut}",
-            "pairs": f"{sum(pairs)} of {len(rows)} prompts to learn, {sum(len(r.pairs) for r in heldout)} of {len(heldout)} "
-            f"held out; {min(pairs)}–{max(pairs)} pairs a step by tokens",
+            "pairs": f"{sum(pairs)} of {len(rows)} prompts to learn, {sum(len(r.pairs) for r in heldout)} of "
+            f"{len(heldout)} held out; {min(pairs)}–{max(pairs)} pairs a step by tokens",
             "steps": f"{steps} ({steps / len(first):.2f} epochs of {len(first)})",
             "loss": f"{config.ranking_weight:g} × ranking + {config.lm_weight or 0:g} × LM on the preferred response",
             "schedule": schedule(config.optim, steps),
@@ -118,7 +122,11 @@ def _pairs(config: RewardConfig) -> tuple[list[Pair], list[Pair], str]:
                 f"data: each of the {len(pairs)} pairs shares its prompt with heldout_data, so none is left to learn; "
                 "give other held-out pairs"
             )
-        return learn, held, f"{report}; held out: {held_report}; {len(pairs) - len(learn)} pairs share a held-out prompt"
+        return (
+            learn,
+            held,
+            f"{report}; held out: {held_report}; {len(pairs) - len(learn)} pairs share a held-out prompt",
+        )
     if not config.heldout:
         return pairs, [], str(report)
     return *split_by_key(pairs, config.heldout, config.seed), str(report)
@@ -151,7 +159,9 @@ def _step(
     totals = {"ranking_loss": 0.0, "lm_loss": 0.0, "accuracy": 0.0}
     for members in _groups(batch, config.compute.tokens_per_microbatch):
         rows = [batch[i] for i in members]
-        chosen_B, rejected_B, lm = score_pairs(model, rows, _picked(states, members), with_lm=config.lm_weight is not None)
+        chosen_B, rejected_B, lm = score_pairs(
+            model, rows, _picked(states, members), with_lm=config.lm_weight is not None
+        )
         weight_B = torch.tensor([1.0 / len(row.pairs) for row in rows for _ in row.pairs], device=chosen_B.device)
         ranking = ranking_loss(chosen_B, rejected_B, weight_B=weight_B, denom=len(batch))
         loss = config.ranking_weight * ranking
@@ -172,7 +182,7 @@ def _step(
 def score_pairs(
     model: Scalar, rows: Sequence[RankedTokens], states: Sequence[list[Tensor]] | None, *, with_lm: bool
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-    """Scores of both sides of every pair, each response read once; and the best responses' log-probs with their mask."""
+    """Both sides' scores of every pair, each response read once, and the best responses' log-probs with their mask."""
     device = str(next(model.parameters()).device)
     sequences = [(row.prompt, response) for row in rows for response in row.responses]
     batch = token_batch([p for p, _ in sequences], [r for _, r in sequences], device=device)
@@ -199,7 +209,9 @@ def score_margins(
     """score(chosen) − score(rejected) of every pair, per prompt in the given order."""
     margins: list[list[float]] = [[] for _ in rows]
     for members in _groups(rows, budget):
-        chosen_B, rejected_B, _ = score_pairs(model, [rows[i] for i in members], _picked(states, members), with_lm=False)
+        chosen_B, rejected_B, _ = score_pairs(
+            model, [rows[i] for i in members], _picked(states, members), with_lm=False
+        )
         flat = iter((chosen_B - rejected_B).tolist())
         for i in members:
             margins[i] = [next(flat) for _ in rows[i].pairs]

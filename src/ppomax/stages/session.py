@@ -90,7 +90,9 @@ class Session:
         """Seconds of work so far, earlier parts of a resumed run included."""
         return self.earlier_seconds + time.monotonic() - self.started
 
-    def checkpoint(self, number: int, last: bool, state: Callable[[], tuple[Mapping[str, Tensor], dict[str, Any]]]) -> None:
+    def checkpoint(
+        self, number: int, last: bool, state: Callable[[], tuple[Mapping[str, Tensor], dict[str, Any]]]
+    ) -> None:
         """Save after `number` if it is due; after an interruption, save and raise Interrupted."""
         due = (number + 1) % self.save.every == 0 or last
         if not due and not self.stop_requested:

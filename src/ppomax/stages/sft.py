@@ -91,7 +91,12 @@ def _train(run: Session, config: SFTConfig) -> dict[str, Any]:
 
 
 def _step(
-    policy: Policy, optimiser: Optimiser, batch: Sequence[Tokens], states: Sequence[Tensor] | None, budget: int, lr: float
+    policy: Policy,
+    optimiser: Optimiser,
+    batch: Sequence[Tokens],
+    states: Sequence[Tensor] | None,
+    budget: int,
+    lr: float,
 ) -> dict[str, float]:
     denom = sum(sum(row.mask[1:]) for row in batch)
     total = 0.0

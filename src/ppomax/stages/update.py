@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-
-import torch
 
 from ppomax.config import PPOConfig
 from ppomax.data.batches import epoch_order
@@ -68,16 +67,18 @@ def update(
             _backward(players, experience, plan[which], config, pretraining, totals)
             if ptx and config.ptx_weight is not None and not pretraining:
                 _backward_ptx(players, ptx, step, config, totals)
-            critic_lr = config.critic.optim.lr
+            rates = {"critic": config.critic.optim.lr}
             if not pretraining:
-                policy_lr = learning_rate(step, total, **rate(config.optim))
-                critic_lr = learning_rate(step, total, **rate(config.critic.optim))
-                totals.add("grad_norm_policy", norm := optimisers.policy.step(policy_lr))
-                totals.add("lr_policy", policy_lr)
-            totals.add("grad_norm_critic", critic_norm := optimisers.critic.step(critic_lr))
-            totals.add("lr_critic", critic_lr)
+                rates = {
+                    "policy": learning_rate(step, total, **rate(config.optim)),
+                    "critic": learning_rate(step, total, **rate(config.critic.optim)),
+                }
+            norms = {role: getattr(optimisers, role).step(lr) for role, lr in rates.items()}
+            for role, norm in norms.items():
+                totals.add(f"grad_norm_{role}", norm)
+                totals.add(f"lr_{role}", rates[role])
             totals.steps += 1
-            finite = all(torch.isfinite(torch.tensor(n)) for n in ([critic_norm] if pretraining else [norm, critic_norm]))
+            finite = all(map(math.isfinite, norms.values()))
             failures = 0 if finite else failures + 1
             totals.skipped += not finite
             if failures >= NONFINITE_IN_A_ROW:

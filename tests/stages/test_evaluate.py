@@ -1,0 +1,184 @@
+"""Evaluation: the numbers are those of plain transformers and plain Python, and comparing a model with itself ties."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from stages import toy
+from stages.conftest import Toys, Trained
+from stages.toy import FLOAT32, LONGER, file_hashes, ppo_config
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from ppomax.config import EvaluateConfig, KLConfig, SamplingConfig
+from ppomax.data.chat import render_prompt
+from ppomax.data.readers import read_prompts
+from ppomax.models.load import load_causal_lm, load_tokenizer
+from ppomax.models.players import Policy
+from ppomax.stages.evaluate import _answer, evaluate
+from ppomax.stages.inputs import compute_of, fitted_prompts
+from ppomax.stages.ppo import ppo
+from ppomax.types import SetupError
+
+
+@pytest.fixture(scope="module")
+def improved(trained: Trained, toys: Toys, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A policy that PPO has taught to write the letter e."""
+    run_dir = tmp_path_factory.mktemp("improved") / "ppo"
+    ppo(ppo_config(run_dir, trained.sft, toys.prompts, **LONGER, kl=KLConfig(coefficient=None)))
+    return str(run_dir / "final")
+
+
+def config_of(run_dir: Path, policy: str, trained: Trained, toys: Toys, **changes: Any) -> EvaluateConfig:
+    settings: dict[str, Any] = {
+        "baseline": trained.sft, "reward": trained.reward, "judge": ("stages.toy:share_of_e", "stages.toy:length_reward"),
+        "samples_per_prompt": 2, "best_of": (4, 16), "max_prompts": 12, "sampling": SamplingConfig(max_new_tokens=10),
+        "compute": FLOAT32,
+    }  # fmt: skip
+    return EvaluateConfig(run_dir=run_dir, policy=policy, prompts=(toys.prompts,), **{**settings, **changes})
+
+
+def rows_of(config: EvaluateConfig) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (config.run_dir / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def compared(
+    improved: str, trained: Trained, toys: Toys, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[EvaluateConfig, dict[str, Any]]:
+    config = config_of(tmp_path_factory.mktemp("evaluate") / "run", improved, trained, toys)
+    return config, evaluate(config)
+
+
+def test_what_was_taught_wins(compared: tuple[EvaluateConfig, dict[str, Any]]) -> None:
+    _, summary = compared
+    assert summary["gold"] == summary["judges"]["share_of_e"]
+    assert summary["gold"]["win_rate"] > 0.65
+    assert summary["gold"]["mean_after"] > summary["gold"]["mean_before"] + 0.2
+    assert summary["reward"]["win_rate"] > 0.6  # the reward model learnt the same letter from pairs
+    assert summary["kl_per_sequence"] > 1
+
+
+def test_rates_are_those_of_the_sample_rows(compared: tuple[EvaluateConfig, dict[str, Any]]) -> None:
+    config, summary = compared
+    rows = rows_of(config)
+    assert (summary["prompts"], summary["gold"]["comparisons"]) == (12, 24) == (12, len(rows))
+    differences = [row["gold_after"] - row["gold_before"] for row in rows]
+    wins = sum(d > 0.05 for d in differences)
+    losses = sum(d < -0.05 for d in differences)
+    ties = 24 - wins - losses
+    gold = summary["gold"]
+    assert (gold["win"], gold["tie"], gold["lose"]) == pytest.approx((wins / 24, ties / 24, losses / 24))
+    assert gold["win_rate"] == pytest.approx((wins + ties / 2) / 24)
+    assert gold["ci95"][0] < gold["win_rate"] < gold["ci95"][1]
+    assert gold["mean_before"] == pytest.approx(sum(row["gold_before"] for row in rows) / 24)
+    for source, rates in gold["by_source"].items():
+        part = [d for d, row in zip(differences, rows, strict=True) if row["source"] == source]
+        assert rates["comparisons"] == len(part)
+        assert rates["win"] == pytest.approx(sum(d > 0.05 for d in part) / len(part))
+    assert set(gold["by_source"]) == {"even", "odd"}
+    assert [row["gold_after"] for row in rows] == toy.share_of_e([], [row["after"] for row in rows])
+
+
+def test_trap_25_and_26_perplexity_and_kl_are_those_of_plain_transformers(
+    improved: str, trained: Trained, toys: Toys, tmp_path: Path
+) -> None:
+    sampling = SamplingConfig(max_new_tokens=10, temperature=0.5, top_p=0.9)
+    config = config_of(tmp_path / "run", improved, trained, toys, sampling=sampling, best_of=())
+    summary = evaluate(config)
+    tokenizer = load_tokenizer(improved)
+    policy = Policy(load_causal_lm(improved, compute_of(FLOAT32)), train_layers=None, trained=False)
+    prompts, ids, _ = fitted_prompts(tokenizer, [toys.prompts], 512)
+    answers = _answer(policy, tokenizer, prompts[:12], ids[:12], 2, config, lambda n: None)
+    assert [row["after"] for row in rows_of(config)] == answers.texts
+    plain, baseline = (AutoModelForCausalLM.from_pretrained(name) for name in (improved, trained.sft))
+    nll = kl = 0.0
+    for prompt, response in zip(answers.rollout.prompt_ids, answers.rollout.responses(), strict=True):
+        with torch.no_grad():
+            logits = [m(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1] for m in (plain, baseline)]
+        index = torch.tensor(response)[:, None]
+        nll -= float(logits[0].log_softmax(-1).gather(1, index).sum())  # temperature 1
+        a, b = ((x / 0.5).log_softmax(-1).gather(1, index) for x in logits)  # the one sampled at
+        kl += float((a - b).sum())
+    tokens = sum(map(len, answers.rollout.responses()))
+    assert summary["perplexity_after"] == pytest.approx(math.exp(nll / tokens), rel=1e-4)
+    assert summary["kl_per_sequence"] == pytest.approx(kl / 24, rel=1e-4)
+    assert summary["kl_per_token"] == pytest.approx(kl / tokens, rel=1e-4)
+    assert summary["length_after"] == pytest.approx(tokens / 24)
+
+
+def test_rewards_agree_with_plain_transformers_and_best_of_n_takes_the_highest(
+    compared: tuple[EvaluateConfig, dict[str, Any]], trained: Trained, toys: Toys, tmp_path: Path
+) -> None:
+    config, summary = compared
+    best = summary["best_of"]["16"]
+    assert best["mean"] > summary["gold"]["mean_before"]  # the reward model prefers the letter
+    assert best["win"] + best["tie"] + best["lose"] == pytest.approx(1)
+    agreement = summary["reward_model"]["share_of_e"]
+    assert agreement["accuracy"] > 0.7
+    assert agreement["correlation"] > 0.4
+    assert abs(summary["reward_model"]["length_reward"]["correlation"]) < agreement["correlation"]
+    model = AutoModelForSequenceClassification.from_pretrained(trained.reward)
+    tokenizer = load_tokenizer(trained.sft)
+    checked = 0
+    for prompt, row in zip(
+        itertools.chain.from_iterable([p, p] for p in read_prompts(toys.prompts)[0][:12]), rows_of(config), strict=True
+    ):
+        answer = tokenizer(row["before"])["input_ids"]
+        if len(answer) > 8 or "\ufffd" in row["before"]:
+            continue  # cut by the limit, or not to be encoded again
+        ids = [*render_prompt(tokenizer, prompt.messages), *answer, tokenizer.eos_token_id]
+        with torch.no_grad():
+            score = float(model.model(torch.tensor([ids])).last_hidden_state[0, -1] @ model.score.weight[0])
+        checked += abs(score - row["reward_before"]) < 1e-4
+    assert checked >= 5
+
+
+def test_a_model_against_itself_ties_in_everything(trained: Trained, toys: Toys, tmp_path: Path) -> None:
+    config = config_of(tmp_path / "run", trained.sft, trained, toys)
+    summary = evaluate(config)
+    assert (summary["gold"]["tie"], summary["gold"]["win_rate"]) == (1.0, 0.5)
+    assert summary["reward"]["tie"] == 1.0
+    assert summary["kl_per_sequence"] == pytest.approx(0, abs=1e-6)
+    assert all(row["before"] == row["after"] for row in rows_of(config))
+    pairs = [(summary[key], summary[key.replace("_before", "_after")]) for key in summary if key.endswith("_before")]
+    assert len(pairs) >= 8
+    names = [key for key in summary if key.endswith("_before") and not key.startswith("perplexity")]
+    # The perplexity before is over the whole pool that best-of-n draws on.
+    assert all(summary[name] == summary[name.replace("_before", "_after")] for name in names)
+
+
+def test_evaluating_again_gives_the_same_files_and_other_settings_are_refused(
+    compared: tuple[EvaluateConfig, dict[str, Any]],
+) -> None:
+    config, summary = compared
+    before = file_hashes(config.run_dir)
+    assert evaluate(config) == summary
+    after = file_hashes(config.run_dir)
+    assert {k: v for k, v in after.items() if k != "report.html"} == {
+        k: v for k, v in before.items() if k != "report.html"
+    }
+    assert (config.run_dir / "samples.md").read_text().startswith("| prompt | before | after |")
+    with pytest.raises(SetupError, match="with other settings: seed: found 0, expected 1"):
+        evaluate(config.model_copy(update={"seed": 1}))
+
+
+def test_models_of_different_vocabularies_are_not_compared(trained: Trained, toys: Toys, tmp_path: Path) -> None:
+    other = toy.other_vocabulary(tmp_path / "other")
+    with pytest.raises(SetupError, match=rf"baseline {other}: found another vocabulary than that of the policy"):
+        evaluate(config_of(tmp_path / "run", trained.sft, trained, toys, baseline=other))
+    assert not (tmp_path / "run").exists()
+
+
+def test_answers_that_cannot_fit_into_the_context_are_refused(trained: Trained, toys: Toys, tmp_path: Path) -> None:
+    sampling = SamplingConfig(max_new_tokens=500)
+    with pytest.raises(SetupError, match="policy: longest prompt \\+ response: 5.. tokens, but the model has .* 512"):
+        evaluate(config_of(tmp_path / "run", trained.sft, trained, toys, sampling=sampling))
+    with pytest.raises(SetupError, match="--prompts: found nothing, expected held-out prompts"):
+        evaluate(config_of(tmp_path / "run", trained.sft, trained, toys).model_copy(update={"prompts": ()}))
+    assert not (tmp_path / "run").exists()

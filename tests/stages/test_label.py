@@ -1,0 +1,89 @@
+"""Labelled pairs: the judge decides which answer is better; ties and silence are left out."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from stages.conftest import Toys, Trained
+from stages.toy import FLOAT32, share_of_e
+
+from ppomax.config import SamplingConfig
+from ppomax.data.readers import read_pairs
+from ppomax.stages.label import label
+from ppomax.types import DataError, SetupError
+
+
+def labelled(out: Path, trained: Trained, toys: Toys, judge: Any = share_of_e, **changes: Any) -> list[dict[str, Any]]:
+    settings: dict[str, Any] = {
+        "samples": 4, "tie": 0.05, "sampling": SamplingConfig(max_new_tokens=10), "compute": FLOAT32, "seed": 0,
+    }  # fmt: skip
+    label(trained.sft, [toys.prompts], judge, out, **{**settings, **changes})
+    return [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+
+
+def test_the_judge_orders_the_answers_of_a_prompt(trained: Trained, toys: Toys, tmp_path: Path) -> None:
+    seen: list[tuple[str, str]] = []
+
+    def judge(prompts: Sequence[Any], responses: Sequence[str], **columns: Any) -> list[float]:
+        seen.extend((p[-1]["content"], text) for p, text in zip(prompts, responses, strict=True))
+        assert [p[-1]["content"][0] for p in prompts] == columns["wish"]
+        return share_of_e(prompts, responses)
+
+    rows = labelled(tmp_path / "pairs.jsonl", trained, toys, judge)
+    assert len(rows) > 10
+    assert len(seen) == 45 * 4
+    pairs = Counter((row["prompt"][-1]["content"], row["chosen"], row["rejected"]) for row in rows)
+    by_prompt: dict[str, list[str]] = {}
+    for prompt, text in seen:
+        by_prompt.setdefault(prompt, []).append(text)
+    expected = Counter(
+        (prompt, better, worse)
+        for prompt, texts in by_prompt.items()
+        for better in texts
+        for worse in texts
+        if worse and share_of_e([], [better])[0] - share_of_e([], [worse])[0] > 0.05
+    )
+    assert pairs == expected
+    assert all(row[f"score_{side}"] == share_of_e([], [row[side]])[0] for row in rows for side in ("chosen", "rejected"))
+    counts = json.loads((tmp_path / "pairs.json").read_text())
+    assert (counts["prompts"], counts["responses"], counts["pairs"]) == (45, 180, len(rows))
+    assert counts["judge_mean"] == pytest.approx(sum(share_of_e([], [t for _, t in seen])) / 180)
+    pairs, report = read_pairs(str(tmp_path / "pairs.jsonl"))
+    assert len(pairs) == len(rows), report
+    assert {pair.source for pair in pairs} == {"even", "odd"}
+
+
+def test_the_same_seed_gives_the_same_file_whatever_is_decoded_side_by_side(
+    trained: Trained, toys: Toys, tmp_path: Path
+) -> None:
+    first = labelled(tmp_path / "a.jsonl", trained, toys)
+    narrow = SamplingConfig(max_new_tokens=10, max_rows=7)
+    assert labelled(tmp_path / "b.jsonl", trained, toys, sampling=narrow) == first
+    assert labelled(tmp_path / "c.jsonl", trained, toys, seed=1) != first
+
+
+def test_ties_and_empty_losers_make_no_pair(trained: Trained, toys: Toys, tmp_path: Path) -> None:
+    def by_place(prompts: Sequence[Any], responses: Sequence[str], **columns: Any) -> list[float]:
+        return [float(i % 3) for i in range(len(responses))]
+
+    def differences(tie: float) -> Counter[float]:
+        rows = labelled(tmp_path / f"{tie}.jsonl", trained, toys, by_place, samples=3, tie=tie)
+        assert all(row["rejected"] for row in rows)
+        return Counter(row["score_chosen"] - row["score_rejected"] for row in rows)
+
+    assert set(differences(0.0)) == {1.0, 2.0}
+    assert set(differences(1.0)) == {2.0}
+    assert differences(2.0) == {}
+
+
+def test_a_judge_or_a_length_that_cannot_work_writes_nothing(trained: Trained, toys: Toys, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="reward judge: scores, entry 0: found nan"):
+        labelled(tmp_path / "pairs.jsonl", trained, toys, lambda p, r, **_: [float("nan")] * len(r))
+    with pytest.raises(SetupError, match="longest prompt \\+ response: 54. tokens, but the model has positions for 512"):
+        labelled(tmp_path / "pairs.jsonl", trained, toys, sampling=SamplingConfig(max_new_tokens=500))
+    assert list(tmp_path.iterdir()) == []
