@@ -29,7 +29,7 @@ class Command:
         self.process.start()
         Command.running.append(self)
 
-    def wait_for(self, happened: Callable[[], bool], seconds: float = 60) -> None:
+    def wait_for(self, happened: Callable[[], bool], seconds: float = 240) -> None:
         """Wait until something has happened while the command runs; a command that ends before is a failure."""
         end = time.monotonic() + seconds
         while not happened():
@@ -39,11 +39,15 @@ class Command:
 
     def stop(self, number: signal.Signals) -> int:
         """Send a signal, wait for the end; returns the exit code (minus the signal's number if it was killed by it)."""
-        assert self.process.pid is not None
-        os.kill(self.process.pid, number)
+        self.signal(number)
         return self.end()
 
-    def end(self, seconds: float = 60) -> int:
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal."""
+        assert self.process.pid is not None
+        os.kill(self.process.pid, number)
+
+    def end(self, seconds: float = 240) -> int:
         """Wait for the end; returns the exit code."""
         self.process.join(seconds)
         assert self.process.exitcode is not None, f"still running after {seconds} s: {self.said()}"

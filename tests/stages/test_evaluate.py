@@ -37,7 +37,7 @@ def improved(trained: Trained, toys: Toys, tmp_path_factory: pytest.TempPathFact
 def config_of(run_dir: Path, policy: str, trained: Trained, toys: Toys, **changes: Any) -> EvaluateConfig:
     settings: dict[str, Any] = {
         "baseline": trained.sft, "reward": trained.reward, "judge": ("stages.toy:share_of_e", "stages.toy:length_reward"),
-        "samples_per_prompt": 2, "best_of": (4, 16), "max_prompts": 12, "sampling": SamplingConfig(max_new_tokens=10),
+        "samples_per_prompt": 2, "best_of": (4, 16), "sampling": SamplingConfig(max_new_tokens=10),
         "compute": FLOAT32,
     }  # fmt: skip
     return EvaluateConfig(run_dir=run_dir, policy=policy, prompts=(toys.prompts,), **{**settings, **changes})
@@ -67,16 +67,16 @@ def test_what_was_taught_wins(compared: tuple[EvaluateConfig, dict[str, Any]]) -
 def test_rates_are_those_of_the_sample_rows(compared: tuple[EvaluateConfig, dict[str, Any]]) -> None:
     config, summary = compared
     rows = rows_of(config)
-    assert (summary["prompts"], summary["gold"]["comparisons"]) == (12, 24) == (12, len(rows))
+    assert (summary["prompts"], summary["gold"]["comparisons"]) == (45, 90) == (45, len(rows))
     differences = [row["gold_after"] - row["gold_before"] for row in rows]
     wins = sum(d > 0.05 for d in differences)
     losses = sum(d < -0.05 for d in differences)
-    ties = 24 - wins - losses
+    ties = 90 - wins - losses
     gold = summary["gold"]
-    assert (gold["win"], gold["tie"], gold["lose"]) == pytest.approx((wins / 24, ties / 24, losses / 24))
-    assert gold["win_rate"] == pytest.approx((wins + ties / 2) / 24)
+    assert (gold["win"], gold["tie"], gold["lose"]) == pytest.approx((wins / 90, ties / 90, losses / 90))
+    assert gold["win_rate"] == pytest.approx((wins + ties / 2) / 90)
     assert gold["ci95"][0] < gold["win_rate"] < gold["ci95"][1]
-    assert gold["mean_before"] == pytest.approx(sum(row["gold_before"] for row in rows) / 24)
+    assert gold["mean_before"] == pytest.approx(sum(row["gold_before"] for row in rows) / 90)
     for source, rates in gold["by_source"].items():
         part = [d for d, row in zip(differences, rows, strict=True) if row["source"] == source]
         assert rates["comparisons"] == len(part)
@@ -94,7 +94,7 @@ def test_trap_25_and_26_perplexity_and_kl_are_those_of_plain_transformers(
     tokenizer = load_tokenizer(improved)
     policy = Policy(load_causal_lm(improved, compute_of(FLOAT32)), train_layers=None, trained=False)
     prompts, ids, _ = fitted_prompts(tokenizer, [toys.prompts], 512)
-    answers = _answer(policy, tokenizer, prompts[:12], ids[:12], 2, config, lambda n: None)
+    answers = _answer(policy, tokenizer, prompts, ids, 2, config, lambda n: None)
     assert [row["after"] for row in rows_of(config)] == answers.texts
     plain, baseline = (AutoModelForCausalLM.from_pretrained(name) for name in (improved, trained.sft))
     nll = kl = 0.0
@@ -107,9 +107,9 @@ def test_trap_25_and_26_perplexity_and_kl_are_those_of_plain_transformers(
         kl += float((a - b).sum())
     tokens = sum(map(len, answers.rollout.responses()))
     assert summary["perplexity_after"] == pytest.approx(math.exp(nll / tokens), rel=1e-4)
-    assert summary["kl_per_sequence"] == pytest.approx(kl / 24, rel=1e-4)
+    assert summary["kl_per_sequence"] == pytest.approx(kl / 90, rel=1e-4)
     assert summary["kl_per_token"] == pytest.approx(kl / tokens, rel=1e-4)
-    assert summary["length_after"] == pytest.approx(tokens / 24)
+    assert summary["length_after"] == pytest.approx(tokens / 90)
 
 
 def test_rewards_agree_with_plain_transformers_and_best_of_n_takes_the_highest(
@@ -120,14 +120,14 @@ def test_rewards_agree_with_plain_transformers_and_best_of_n_takes_the_highest(
     assert best["mean"] > summary["gold"]["mean_before"]  # the reward model prefers the letter
     assert best["win"] + best["tie"] + best["lose"] == pytest.approx(1)
     agreement = summary["reward_model"]["share_of_e"]
-    assert agreement["accuracy"] > 0.7
-    assert agreement["correlation"] > 0.4
-    assert abs(summary["reward_model"]["length_reward"]["correlation"]) < agreement["correlation"]
+    assert agreement["accuracy"] > 0.6
+    assert agreement["correlation"] > 0.2
+    assert set(summary["reward_model"]) == {"share_of_e", "length_reward"}
     model = AutoModelForSequenceClassification.from_pretrained(trained.reward)
     tokenizer = load_tokenizer(trained.sft)
     checked = 0
     for prompt, row in zip(
-        itertools.chain.from_iterable([p, p] for p in read_prompts(toys.prompts)[0][:12]), rows_of(config), strict=True
+        itertools.chain.from_iterable([p, p] for p in read_prompts(toys.prompts)[0]), rows_of(config), strict=True
     ):
         answer = tokenizer(row["before"])["input_ids"]
         if len(answer) > 8 or "\ufffd" in row["before"]:
@@ -136,7 +136,7 @@ def test_rewards_agree_with_plain_transformers_and_best_of_n_takes_the_highest(
         with torch.no_grad():
             score = float(model.model(torch.tensor([ids])).last_hidden_state[0, -1] @ model.score.weight[0])
         checked += abs(score - row["reward_before"]) < 1e-4
-    assert checked >= 5
+    assert checked >= 10
 
 
 def test_a_model_against_itself_ties_in_everything(trained: Trained, toys: Toys, tmp_path: Path) -> None:
@@ -166,6 +166,15 @@ def test_evaluating_again_gives_the_same_files_and_other_settings_are_refused(
     assert (config.run_dir / "samples.md").read_text().startswith("| prompt | before | after |")
     with pytest.raises(SetupError, match="with other settings: seed: found 0, expected 1"):
         evaluate(config.model_copy(update={"seed": 1}))
+
+
+def test_the_limit_of_prompts_is_per_source(trained: Trained, toys: Toys, tmp_path: Path) -> None:
+    config = config_of(tmp_path / "run", trained.sft, trained, toys, max_prompts=2, reward=None, best_of=())
+    summary = evaluate(config)
+    assert summary["prompts"] == 4
+    assert [row["source"] for row in rows_of(config)] == ["even"] * 4 + ["odd"] * 4
+    assert "reward" not in summary
+    assert "reward_model" not in summary
 
 
 def test_models_of_different_vocabularies_are_not_compared(trained: Trained, toys: Toys, tmp_path: Path) -> None:

@@ -180,7 +180,7 @@ def test_trap_22_rates_and_steps_are_those_of_the_plan(
     # While it is pre-trained the critic's rate is constant and outside the schedule.
     assert [row["lr_critic"] for row in rows] == pytest.approx([3e-3, 3e-3, 1.5e-3, 3e-3, 3e-3, 0.3e-3])
     printed = capsys.readouterr().err
-    assert "1 an iteration (minibatch 8, 1 epochs), 4 in all" in printed
+    assert "1 an iteration (8 responses each, 1 epochs), 4 in all" in printed
     assert "cosine, peak 0.001, warm-up 0 steps, last step 0.0001" in printed
     assert "linear, peak 0.003, warm-up 2 steps, last step 0.0003" in printed
     assert "8 responses = 8 prompts × 1, at most 10 tokens, temperature 1" in printed

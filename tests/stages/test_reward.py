@@ -12,6 +12,7 @@ import torch
 from models.architectures import save_model
 from stages.conftest import Toys, Trained
 from stages.toy import (
+    CALM,
     FLOAT32,
     distance,
     file_hashes,
@@ -142,7 +143,7 @@ def test_trap_19_and_24_no_pair_is_split_and_microbatches_change_nothing(
     for budget in (16, 4096):  # 16 is less than one answer: every pair stands alone, both sides together
         compute = FLOAT32.model_copy(update={"tokens_per_microbatch": budget})
         config = reward_config(
-            tmp_path / str(budget), trained.sft, toys.pairs, max_steps=3, heldout=0.0, compute=compute
+            tmp_path / str(budget), trained.sft, toys.pairs, max_steps=3, heldout=0.0, compute=compute, optim=CALM
         )
         reward(config)
         runs[budget] = metrics(config.run_dir), weights(config.run_dir / "final")

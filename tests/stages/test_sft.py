@@ -9,6 +9,7 @@ import pytest
 import torch
 from stages.conftest import Toys, Trained
 from stages.toy import (
+    CALM,
     FLOAT32,
     dialogue_rows,
     distance,
@@ -79,7 +80,7 @@ def test_trap_19_the_size_of_microbatches_changes_nothing(toys: Toys, tmp_path: 
     runs = {}
     for budget in (64, 4096):
         compute = FLOAT32.model_copy(update={"tokens_per_microbatch": budget})
-        config = sft_config(tmp_path / str(budget), toys.dialogues, epochs=0.2, heldout=0.0, compute=compute)
+        config = sft_config(tmp_path / str(budget), toys.dialogues, epochs=0.2, heldout=0.0, compute=compute, optim=CALM)
         sft(config)
         runs[budget] = metrics(config.run_dir), weights(config.run_dir / "final")
     for name in ("loss", "grad_norm"):

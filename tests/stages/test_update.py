@@ -12,6 +12,7 @@ import pytest
 import torch
 from stages.conftest import Toys, Trained
 from stages.toy import (
+    CALM,
     FLOAT32,
     TOP_LAYER,
     FirstIteration,
@@ -31,8 +32,6 @@ from ppomax.stages.ppo import ppo
 from ppomax.stages.ppo_setup import Job
 from ppomax.stages.update import Totals, update
 
-# Adam's first step is about lr × sign(gradient), so it magnifies rounding; a large offset in its denominator does not.
-CALM = OptimConfig(lr=1e-3, warmup=0.0, schedule="constant", eps=1e-3, max_grad_norm=None)
 ONE_MINIBATCH: dict[str, Any] = {"rollout_batch": 8, "minibatch": 8}
 
 

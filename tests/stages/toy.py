@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import random
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +40,8 @@ from ppomax.types import Experience, ScoredRollouts
 WORDS = "apple river stone cloud green tree lemon house music night bread glass wheel beach seven".split()
 FLOAT32 = ModelConfig(dtype="float32", device="cpu")
 TOP_LAYER = FLOAT32.model_copy(update={"train_layers": 1})
+# Adam's first steps are about lr × sign(gradient), which magnifies rounding; an offset in its denominator does not.
+CALM = OptimConfig(lr=1e-3, warmup=0.0, schedule="constant", eps=1e-3, max_grad_norm=None)
 # What `ppo_config` takes to learn, in a second, something that shows.
 LONGER: dict[str, Any] = {"iterations": 12, "rollout_batch": 32, "minibatch": 16}
 
@@ -121,6 +125,16 @@ def other_vocabulary(folder: Path) -> str:
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+_calls = itertools.count()
+
+
+def slow_reward(prompts: Sequence[Any], responses: Sequence[str], **columns: Any) -> list[float]:
+    """A reward that lets the first batch pass and then thinks for a minute."""
+    if next(_calls) > 0:
+        time.sleep(60)
+    return [0.0] * len(responses)
 
 
 def sft_config(run_dir: Path, data: str, **changes: Any) -> SFTConfig:

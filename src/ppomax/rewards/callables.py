@@ -56,9 +56,19 @@ def call(
     return [0.0] * len(rows), [_finite(row, name, f"response {i}") for i, row in enumerate(rows)]
 
 
+def function_name(function: RewardFunction) -> str:
+    """`module:name` of a callable, for the record."""
+    return f"{getattr(function, '__module__', '?')}:{getattr(function, '__qualname__', type(function).__name__)}"
+
+
 def shared_columns(columns: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """The rows' other columns as lists, None where a row lacks one."""
+    """The rows' other columns as lists, None where a row lacks one; a reserved name is a DataError."""
     names = dict.fromkeys(key for row in columns for key in row)
+    for reserved in ("prompts", "responses", "response_ids"):
+        if reserved in names:
+            raise DataError(
+                f"data column '{reserved}': rewards are called with an argument of this name; rename the column"
+            )
     return {name: [row.get(name) for row in columns] for name in names}
 
 

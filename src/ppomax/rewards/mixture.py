@@ -44,6 +44,7 @@ def score_texts(terms: list[Term], rollout: Rollout, texts: list[str]) -> tuple[
     """Unweighted components by name ([B] each) of the terms that read text, and their weighted dense rewards [B, R]."""
     prompts = [prompt.messages for prompt in rollout.prompts]
     columns = shared_columns([prompt.columns for prompt in rollout.prompts])
+    columns["response_ids"] = rollout.responses()
     lengths = rollout.length_B.tolist()
     components: dict[str, Tensor] = {}
     dense_BR: Tensor | None = None

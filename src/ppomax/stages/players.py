@@ -10,7 +10,7 @@ from ppomax.config import ModelConfig, PPOConfig
 from ppomax.models.load import Compute, load_causal_lm, load_scalar_lm, load_tokenizer, same_vocabulary
 from ppomax.models.players import Policy, Scalar
 from ppomax.models.share import share_trunk
-from ppomax.rewards.callables import RewardFunction, load_function
+from ppomax.rewards.callables import RewardFunction, function_name, load_function
 from ppomax.rewards.mixture import Term, is_function, parse_terms
 from ppomax.rewards.model import RewardModel
 from ppomax.types import SetupError, TokenBatch
@@ -40,7 +40,7 @@ class Players:
 def load_players(config: PPOConfig, compute: Compute, tokenizer: Any, reward: RewardFunction | None) -> Players:
     """Load everything; `tokenizer` is the policy's. What does not fit together is a SetupError before any sampling."""
     layers = config.compute.train_layers
-    terms = [Term(_name(reward), 1.0, reward)] if reward is not None else load_terms(
+    terms = [Term(function_name(reward), 1.0, reward)] if reward is not None else load_terms(
         config.reward, tokenizer, compute, config.compute
     )  # fmt: skip
     critic = _load_critic(config, compute, tokenizer, terms)
@@ -110,7 +110,3 @@ def _short(spec: str, terms: list[Term]) -> str:
     path = Path(spec)
     name = path.parent.name if path.name == "final" and path.parent.name else path.name
     return name if all(term.name != name for term in terms) else spec
-
-
-def _name(function: RewardFunction) -> str:
-    return getattr(function, "__qualname__", type(function).__name__)

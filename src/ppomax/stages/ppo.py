@@ -9,7 +9,7 @@ import torch
 from ppomax.config import PPOConfig
 from ppomax.models.load import export, export_scalar
 from ppomax.monitor.progress import progress
-from ppomax.rewards.callables import RewardFunction
+from ppomax.rewards.callables import RewardFunction, function_name
 from ppomax.rl.returns import gae, lambda_returns, monte_carlo
 from ppomax.rl.shaping import Moments, missing_eos_penalty, normalise_and_clip, token_rewards
 from ppomax.rollout.collect import collect, iteration_prompts, response_texts
@@ -29,6 +29,8 @@ def ppo(
     reward: any callable (prompts, responses, **columns) → scores, instead of `config.reward`.
     Returns summary.json's content.
     """
+    if reward is not None:  # config.yaml records what the run was trained for
+        config = config.model_copy(update={"reward": (function_name(reward),)})
     with session(
         "ppo", config, run_dir=config.run_dir, save=config.save, unit="iteration", resume=resume, fresh=fresh
     ) as run:

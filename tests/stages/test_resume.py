@@ -1,0 +1,256 @@
+"""Trap 29: a run that was stopped or killed goes on as if it never had been, bit for bit, with real signals."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from stages.conftest import Toys, Trained
+from stages.processes import Command, rows_in
+from stages.toy import metrics, prompt_rows, same_bits, weights, write_rows
+
+from ppomax.cli import main
+from ppomax.engine.checkpoint import latest_checkpoint
+
+Words = Callable[[str, Path], list[str]]
+FINALS = {"sft": ("final",), "reward": ("final",), "ppo": ("final", "critic")}
+LAST_ROW = {"sft": 38, "reward": 39, "ppo": 13}
+
+
+@pytest.fixture(scope="module")
+def words(trained: Trained, toys: Toys, tmp_path_factory: pytest.TempPathFactory) -> Words:
+    """The command line of a verb: small runs of several epochs that save every third step."""
+    # 20 prompts and 8 an iteration: epochs of prompts end within iterations.
+    prompts = write_rows(tmp_path_factory.mktemp("prompts") / "prompts.jsonl", prompt_rows(20))
+    common = "--compute.dtype float32 --compute.device cpu --optim.lr 5e-3 --save.every 3"
+    own = {
+        "sft": f"--model tiny --data {toys.dialogues} --heldout 0.1 --epochs 3 --eval-every 5",
+        "reward": f"--model {trained.sft} --data {toys.pairs} --heldout 0.2 --epochs 5 --tokens-per-batch 2048",
+        "ppo": f"--policy {trained.sft} --reward {trained.reward} --prompts {prompts} --ptx-data {toys.dialogues} "
+        "--ptx-weight 0.1 --iterations 14 --rollout-batch 8 --minibatch 4 --sampling.max-new-tokens 8 "
+        "--critic.optim.lr 5e-3 --judge stages.toy:length_reward",
+    }
+    return lambda verb, run_dir: [verb, "--run-dir", str(run_dir), *own[verb].split(), *common.split()]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(words: Words, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The run directory of a verb that was never stopped."""
+    done: dict[str, Path] = {}
+
+    def run(verb: str) -> Path:
+        if verb not in done:
+            done[verb] = tmp_path_factory.mktemp("uninterrupted") / verb
+            assert main(words(verb, done[verb])) == 0
+            assert len(metrics(done[verb])) == LAST_ROW[verb] + 1
+        return done[verb]
+
+    return run
+
+
+def expect_equal(verb: str, a: Path, b: Path) -> None:
+    assert metrics(a) == metrics(b)
+    for folder in FINALS[verb]:
+        assert same_bits(weights(a / folder), weights(b / folder)), folder
+    if verb == "ppo":
+        assert (a / "samples.jsonl").read_bytes() == (b / "samples.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize(("verb", "number"), [("sft", 2), ("reward", 2), ("ppo", 2), ("ppo", 15)])
+def test_trap_29_stopped_by_a_signal_it_saves_says_how_to_go_on_and_does(
+    verb: str, number: int, words: Words, uninterrupted: Callable[[str], Path], command: type[Command], tmp_path: Path
+) -> None:
+    stop_after = random.Random(f"{verb} {number}").randint(2, LAST_ROW[verb] - 3)
+    run_dir = tmp_path / "run"
+    running = command(words(verb, run_dir), tmp_path / "log")
+    running.wait_for(lambda: rows_in(run_dir / "metrics.jsonl") >= stop_after)
+    assert running.stop(signal.Signals(number)) == 130
+    unit = "iteration" if verb == "ppo" else "step"
+    last = rows_in(run_dir / "metrics.jsonl") - 1
+    assert f"stopped after {unit} {last} and saved in {run_dir / 'checkpoints'}" in running.said().replace("\n", " ")
+    assert "To go on: the same command with --resume" in running.said()
+    assert latest_checkpoint(run_dir / "checkpoints") == (run_dir / "checkpoints" / f"{unit}-{last}", [])
+    assert not (run_dir / "summary.json").exists()
+    assert main([*words(verb, run_dir), "--resume"]) == 0
+    expect_equal(verb, run_dir, uninterrupted(verb))
+
+
+@pytest.mark.parametrize(("verb", "save_every"), [("sft", None), ("reward", None), ("ppo", None), ("ppo", "5")])
+def test_trap_29_killed_it_goes_on_from_the_last_checkpoint_without_repeating_a_row(
+    verb: str, save_every: str | None, words: Words, uninterrupted: Callable[[str], Path], command: type[Command],
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    stop_after = random.Random(f"{verb} {save_every}").randint(4, LAST_ROW[verb] - 3)
+    run_dir = tmp_path / "run"
+    running = command(words(verb, run_dir), tmp_path / "log")
+    running.wait_for(lambda: rows_in(run_dir / "metrics.jsonl") >= stop_after)
+    assert running.stop(signal.SIGKILL) == -9
+    # How often it saves may change: it does not change the result.
+    other = ["--save.every", save_every] if save_every else []
+    assert main([*words(verb, run_dir), *other, "--resume"]) == 0
+    expect_equal(verb, run_dir, uninterrupted(verb))
+
+
+def test_trap_30_killed_again_and_again_at_any_moment_no_saved_work_is_lost(
+    words: Words, uninterrupted: Callable[[str], Path], command: type[Command], tmp_path: Path
+) -> None:
+    """With a save after every iteration, most moments are within a save."""
+    draw, run_dir = random.Random(0), tmp_path / "run"
+    options, reached = ["--save.every", "1", "--save.keep", "2"], -1
+    for attempt, row in enumerate((1, 4, 8)):
+        running = command([*words("ppo", run_dir), *options, "--resume"], tmp_path / f"log-{attempt}")
+        running.wait_for(lambda row=row: rows_in(run_dir / "metrics.jsonl") >= row)
+        time.sleep(draw.random() * 0.08)
+        assert running.stop(signal.SIGKILL) == -9
+        newest, problems = latest_checkpoint(run_dir / "checkpoints")
+        assert problems == []
+        saved = int(newest.name.rsplit("-", 1)[1]) if newest else -1
+        assert saved >= max(row - 2, reached)
+        reached = saved
+        assert len([p for p in (run_dir / "checkpoints").iterdir() if not p.name.startswith(".")]) <= 3
+    assert main([*words("ppo", run_dir), *options, "--resume"]) == 0
+    expect_equal("ppo", run_dir, uninterrupted("ppo"))
+    kept = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    assert kept == ["iteration-12", "iteration-13"]
+
+
+def test_killed_before_the_first_row_it_starts_over_without_being_asked(
+    words: Words, uninterrupted: Callable[[str], Path], command: type[Command], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    running = command(words("sft", run_dir), tmp_path / "log")
+    running.wait_for(lambda: (run_dir / "config.yaml").exists())
+    assert running.stop(signal.SIGKILL) == -9
+    resumed = ["--resume"] if (run_dir / "metrics.jsonl").exists() else []  # it may have been quick
+    assert main([*words("sft", run_dir), *resumed]) == 0
+    expect_equal("sft", run_dir, uninterrupted("sft"))
+
+
+def test_a_second_interrupt_stops_at_once(
+    words: Words, command: type[Command], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir, slow = tmp_path / "run", ["--judge", "stages.toy:slow_reward"]
+    running = command([*words("ppo", run_dir), *slow], tmp_path / "log")
+    running.wait_for(lambda: rows_in(run_dir / "metrics.jsonl") >= 1)
+    running.signal(signal.SIGINT)
+    running.wait_for(lambda: "stopping: finishing this iteration, then saving" in running.said())
+    began = time.monotonic()
+    assert running.stop(signal.SIGINT) == 130
+    assert "stopped at once; nothing after the last checkpoint is kept" in running.said()
+    assert time.monotonic() - began < 20  # the judge would take 60
+    assert latest_checkpoint(run_dir / "checkpoints") == (None, [])
+
+
+@pytest.fixture(scope="module")
+def stopped(
+    words: Words, trained: Trained, one_thread: None, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Path]:
+    """A PPO run that was interrupted, with checkpoints of three iterations."""
+    folder = tmp_path_factory.mktemp("stopped")
+    running = Command([*words("ppo", folder / "run"), "--save.keep", "3"], folder / "log")
+    running.wait_for(lambda: rows_in(folder / "run" / "metrics.jsonl") >= 8)
+    assert running.stop(signal.SIGINT) == 130
+    yield folder / "run"
+    Command.end_all()
+
+
+@pytest.fixture
+def copied(stopped: Path, tmp_path: Path) -> Path:
+    """A run directory may be moved: nothing in it says where it is."""
+    shutil.copytree(stopped, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def test_a_damaged_newest_checkpoint_is_reported_and_the_one_before_it_used(
+    copied: Path, words: Words, uninterrupted: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    newest, _ = latest_checkpoint(copied / "checkpoints")
+    assert newest is not None
+    shard = next(newest.glob("*.safetensors"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    before, _ = latest_checkpoint(copied / "checkpoints")
+    assert before is not None and before != newest
+    assert main([*words("ppo", copied), "--resume"]) == 0
+    said = capsys.readouterr().err.replace("\n", "")
+    assert f"passed over a damaged checkpoint: {shard}: found SHA-256" in said
+    assert f"going on from {before}" in said
+    expect_equal("ppo", copied, uninterrupted("ppo"))
+
+
+def test_where_no_checkpoint_is_intact_nothing_is_done(
+    copied: Path, words: Words, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for manifest in (copied / "checkpoints").glob("*/manifest.json"):
+        manifest.write_text("{}")
+    rows = (copied / "metrics.jsonl").read_bytes()
+    assert main([*words("ppo", copied), "--resume"]) == 2
+    assert "no checkpoint is intact; start over with --fresh" in capsys.readouterr().err.replace("\n", " ")
+    assert (copied / "metrics.jsonl").read_bytes() == rows
+
+
+def test_a_torn_last_row_is_no_obstacle(
+    copied: Path, words: Words, uninterrupted: Callable[[str], Path]
+) -> None:
+    for name in ("metrics.jsonl", "samples.jsonl"):
+        with (copied / name).open("a") as file:
+            file.write('{"iteration": 8, "score_')
+    assert main([*words("ppo", copied), "--resume"]) == 0
+    expect_equal("ppo", copied, uninterrupted("ppo"))
+
+
+@pytest.mark.parametrize("role", ["sft", "reward"])
+def test_a_frozen_model_that_changed_in_between_is_refused(
+    role: str, copied: Path, words: Words, trained: Trained, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(getattr(trained, role))
+    original = (folder / "model.safetensors").read_bytes()
+    changed = {k: v + 1e-3 for k, v in weights(folder).items()}
+    rows = (copied / "metrics.jsonl").read_bytes()
+    try:
+        save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+        assert main([*words("ppo", copied), "--resume"]) == 2
+    finally:
+        (folder / "model.safetensors").write_bytes(original)
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert f"frozen model {folder}: its weights changed since the run began; restore them or start with --fresh" in said
+    assert (copied / "metrics.jsonl").read_bytes() == rows
+
+
+@pytest.mark.parametrize("verb", ["sft", "reward"])
+def test_a_base_model_that_changed_in_between_is_refused(
+    verb: str, words: Words, trained: Trained, command: type[Command], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With frozen layers, the checkpoint holds the upper ones only: on another model they would be nonsense."""
+    base, run_dir = tmp_path / "base", tmp_path / "run"
+    shutil.copytree(trained.sft, base)
+    arguments = [*words(verb, run_dir), "--model", str(base), "--compute.train-layers", "1"]
+    running = command(arguments, tmp_path / "log")
+    running.wait_for(lambda: rows_in(run_dir / "metrics.jsonl") >= 3)
+    assert running.stop(signal.SIGINT) == 130
+    other = weights(base)
+    other["model.layers.0.mlp.up_proj.weight"] = torch.zeros_like(other["model.layers.0.mlp.up_proj.weight"])
+    save_file(other, base / "model.safetensors", metadata={"format": "pt"})
+    assert main([*arguments, "--resume"]) == 2
+    assert f"frozen model {base}: its weights changed" in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_an_unfinished_run_is_not_gone_on_with_by_chance(
+    copied: Path, words: Words, uninterrupted: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words("ppo", copied)) == 2
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert "found an unfinished `ppomax ppo` run with these settings" in said
+    assert "use --resume to go on with it, --fresh to delete it and start over" in said
+    assert main([*words("ppo", copied), "--resume", "--seed", "1"]) == 2
+    assert "with other settings: seed: found 0, expected 1" in capsys.readouterr().err.replace("\n", " ")
+    assert main([*words("ppo", copied), "--fresh"]) == 0
+    expect_equal("ppo", copied, uninterrupted("ppo"))
