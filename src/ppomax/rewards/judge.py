@@ -30,6 +30,11 @@ def gold(prompts: Sequence[Sequence[Message]], responses: Sequence[str], **_: An
     ]
 
 
+def vowel_share(prompts: Sequence[Sequence[Message]], responses: Sequence[str], **_: Any) -> list[float]:
+    """The share of characters that are vowels: a judge for models that write letters at random."""
+    return [sum(character in "aeiou" for character in text) / max(len(text), 1) for text in responses]
+
+
 @cache
 def _analyser() -> Any:
     try:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ppomax.config import PPOConfig
 from ppomax.data.readers import read_dialogues
+from ppomax.engine.durable import disk_errors
 from ppomax.engine.optimiser import Optimiser
 from ppomax.engine.rundir import save_final
 from ppomax.models.load import load_tokenizer
@@ -70,7 +71,8 @@ class Job:
 
     def keep_samples(self, run: Session, rows: list[dict[str, Any]]) -> None:
         """Write the first few responses of every iteration to samples.jsonl."""
-        append_samples(run.run.samples, rows[:SAMPLES_KEPT])
+        with disk_errors(run.run.samples):
+            append_samples(run.run.samples, rows[:SAMPLES_KEPT])
 
     def remaining(self) -> range:
         """The iterations still to do; none if a stop alarm had ended the run before it was interrupted."""

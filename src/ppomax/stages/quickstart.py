@@ -27,7 +27,7 @@ from ppomax.engine.durable import write_json_atomic
 from ppomax.engine.rundir import Run, open_run
 from ppomax.models.embedded import embedded_directory
 from ppomax.monitor.report import write_report
-from ppomax.rewards.judge import gold
+from ppomax.rewards.callables import load_function
 from ppomax.stages.evaluate import evaluate
 from ppomax.stages.label import label
 from ppomax.stages.ppo import ppo
@@ -38,6 +38,10 @@ DATA = files("ppomax.data") / "quickstart"
 SAMPLING = SamplingConfig(max_new_tokens=40, temperature=0.75, max_rows=256)
 TIE = 0.05
 SAMPLES = 8
+# The first judge counts wins; the last one labels the pairs and is logged.
+JUDGES = ("ppomax.rewards.judge:sentiment", "ppomax.rewards.judge:gold")
+# tiny writes random letters, which have no sentiment that could be learnt.
+TINY_JUDGES = ("ppomax.rewards.judge:vowel_share",)
 
 
 def quickstart(config: QuickstartConfig) -> dict[str, Any]:
@@ -60,8 +64,8 @@ def _quickstart(run: Run, config: QuickstartConfig) -> dict[str, Any]:
     seconds("sft", lambda: _unless_finished(at / "sft", "sft", lambda: sft(plan["sft"], resume=True)))
     if not (at / "pairs.json").exists():
         seconds("label", lambda: label(
-            str(at / "sft" / "final"), [_data("prompts")], gold, at / "pairs.jsonl", samples=SAMPLES, tie=TIE,
-            sampling=SAMPLING, compute=plan["sft"].compute, seed=config.seed,
+            str(at / "sft" / "final"), [_data("prompts")], load_function(_judges(config)[-1]), at / "pairs.jsonl",
+            samples=SAMPLES, tie=TIE, sampling=SAMPLING, compute=plan["sft"].compute, seed=config.seed,
         ))  # fmt: skip
     seconds("reward", lambda: _unless_finished(at / "reward", "reward", lambda: reward(plan["reward"], resume=True)))
     seconds("ppo", lambda: _unless_finished(at / "ppo", "ppo", lambda: ppo(plan["ppo"], resume=True)))
@@ -94,16 +98,20 @@ def stage_configs(config: QuickstartConfig) -> dict[str, Any]:
             prompts=(_data("prompts"),), ptx_data=(_data("dialogues"),), ptx_weight=0.2, ptx_batch=8,
             iterations=16, rollout_batch=64, minibatch=32, max_prompt_tokens=160, gae_lambda=0.95, sampling=SAMPLING,
             kl=KLConfig(coefficient=0.06), critic=CriticConfig(pretrain_iterations=2, optim=OptimConfig(lr=3e-4)),
-            optim=OptimConfig(lr=1.4e-4), judge="ppomax.rewards.judge:gold", seed=config.seed, compute=compute,
+            optim=OptimConfig(lr=1.4e-4), judge=_judges(config)[-1], seed=config.seed, compute=compute,
             save=SaveConfig(every=5, keep=1),
         ),
         "evaluate": EvaluateConfig(
             run_dir=at / "evaluate", policy=str(at / "ppo" / "final"), baseline=str(at / "sft" / "final"),
             prompts=(_data("heldout"),), reward=str(at / "reward" / "final"),
-            judge=("ppomax.rewards.judge:sentiment", "ppomax.rewards.judge:gold"), judge_tie=TIE, samples_per_prompt=4,
+            judge=_judges(config), judge_tie=TIE, samples_per_prompt=4,
             best_of=(4, 16), max_prompts=54, sampling=SAMPLING, seed=config.seed, compute=compute,
         ),
     }  # fmt: skip
+
+
+def _judges(config: QuickstartConfig) -> tuple[str, ...]:
+    return TINY_JUDGES if config.model == "tiny" else JUDGES
 
 
 class _Stopwatch:
@@ -136,13 +144,14 @@ def _summary(run: Run, config: QuickstartConfig, seconds: dict[str, float], wall
         name: json.loads((run.path / name / "summary.json").read_text()) for name in ("reward", "ppo", "evaluate")
     }
     compared = results["evaluate"]
+    labelling = _judges(config)[-1].rpartition(":")[2]
     return {
         "wall_seconds": round(max(wall, sum(seconds.values())), 1),
         "stage_seconds": seconds,
-        "reward_accuracy": compared["reward_model"]["gold"]["accuracy"],
-        "reward_correlation": compared["reward_model"]["gold"]["correlation"],
+        "reward_accuracy": compared["reward_model"][labelling]["accuracy"],
+        "reward_correlation": compared["reward_model"][labelling]["correlation"],
         **{key: compared[key] for key in ("gold", "reward", "best_of", "kl_per_sequence")},
-        "gold_guarded": compared["judges"]["gold"],
+        "gold_guarded": compared["judges"][labelling],
         **{key: value for key, value in compared.items() if key.endswith(("_before", "_after"))},
         "iterations": results["ppo"]["iterations"],
         "seed": config.seed,

@@ -19,7 +19,7 @@ from torch import Tensor
 from ppomax.config import SaveConfig, Schema
 from ppomax.config.layers import plain
 from ppomax.engine.checkpoint import dry_run, latest_checkpoint, load_checkpoint, save_checkpoint
-from ppomax.engine.durable import write_json_atomic
+from ppomax.engine.durable import disk_errors, write_json_atomic
 from ppomax.engine.rundir import Run, open_run, save_final
 from ppomax.errors import Interrupted
 from ppomax.monitor.log import MetricsLog, drop_rows_after
@@ -111,13 +111,15 @@ class Session:
         save_final(self.run.final, export)
         result = {**summary, "wall_seconds": round(self.seconds(), 2)}
         write_json_atomic(self.run.summary, result)
-        write_report(self.run.path)
+        with disk_errors(self.run.report):
+            write_report(self.run.path)
         return result
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Write one row of measurements; `restore` has opened the log."""
         assert self.log is not None
-        self.log.append(row)
+        with disk_errors(self.run.metrics):
+            self.log.append(row)
 
     def close(self) -> None:
         """Close the log, if it was opened."""
