@@ -32,7 +32,9 @@ from pathlib import Path
 import torch
 from ppomax.engine.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 folder, last = Path(sys.argv[1]), 0
-for turn in range(12):
+for turn in range(60):
+    if turn >= 12 and last >= 3:  # a busy machine may need more turns to save anything
+        break
     pid = os.fork()
     if pid == 0:
         for n in range(last + 1, 10**6):

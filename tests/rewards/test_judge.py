@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from ppomax.rewards.judge import gold, sentiment
+from ppomax.rewards.judge import gold, sentiment, vowel_share
 from ppomax.types import Message
 
 GOOD = "I love this wonderful garden."
@@ -66,3 +66,8 @@ def test_scores_follow_the_order_of_the_rows() -> None:
 
 def test_columns_are_accepted_and_ignored() -> None:
     assert gold([ask("garden")], [GOOD], source=["a"]) == gold([ask("garden")], [GOOD])
+
+
+def test_vowel_share_by_hand() -> None:
+    # 2 of 5 letters; all; none; an empty answer has none either.
+    assert vowel_share([ask("x")] * 4, ["hello", "aei", "rhythm", ""]) == [0.4, 1.0, 0.0, 0.0]

@@ -102,7 +102,8 @@ def test_functions_see_prompts_texts_and_columns() -> None:
 
     score_texts([Term("watch", 1.0, watch)], rollout_of(({"gold": 3}, {"gold": 4, "more": "z"})), TEXTS)
     assert [p[0]["content"] for p in seen["prompts"]] == ["x", "y"] and seen["responses"] == TEXTS
-    assert seen["columns"] == {"gold": [3, 4], "more": [None, "z"]}
+    # The sampled ids come without padding, so that a dense reward knows its tokens.
+    assert seen["columns"] == {"gold": [3, 4], "more": [None, "z"], "response_ids": [[7, 8, 9, 2], [7, 2]]}
 
 
 def test_models_that_read_ids_are_left_to_the_ids(lively_reward: str, tiny_tokenizer: Any) -> None:

@@ -53,7 +53,7 @@ def test_a_reply_joins_the_history_and_the_next_prompt(speaker: Speaker) -> None
     def watch(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
         seen.append(named["input_ids"][0].tolist())
 
-    speaker.policy.model.register_forward_pre_hook(watch, with_kwargs=True)
+    speaker.policy.base.register_forward_pre_hook(watch, with_kwargs=True)
     expected = render_prompt(speaker.tokenizer, [*speaker.history, Message(role="user", content="again")])
     reply(speaker, "again", SAMPLING, 0, turn=1)
     assert seen[0] == expected

@@ -172,7 +172,7 @@ def test_the_limit_of_prompts_is_per_source(trained: Trained, toys: Toys, tmp_pa
     config = config_of(tmp_path / "run", trained.sft, trained, toys, max_prompts=2, reward=None, best_of=())
     summary = evaluate(config)
     assert summary["prompts"] == 4
-    assert [row["source"] for row in rows_of(config)] == ["even"] * 4 + ["odd"] * 4
+    assert [row["source"] for row in rows_of(config)] == ["even", "even", "odd", "odd"] * 2
     assert "reward" not in summary
     assert "reward_model" not in summary
 

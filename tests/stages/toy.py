@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,12 +128,39 @@ def other_vocabulary(folder: Path) -> str:
     return str(folder)
 
 
-_calls = itertools.count()
+def nan_reward(prompts: Sequence[Any], responses: Sequence[str], **columns: Any) -> list[float]:
+    """A broken reward: its second score is no number."""
+    return [0.0, math.nan, *[0.0] * (len(responses) - 2)]
+
+
+def short_reward(prompts: Sequence[Any], responses: Sequence[str], **columns: Any) -> list[float]:
+    """A broken reward: one score is missing."""
+    return [0.0] * (len(responses) - 1)
+
+
+def raising_reward(prompts: Sequence[Any], responses: Sequence[str], **columns: Any) -> list[float]:
+    """A broken reward: it raises."""
+    raise ZeroDivisionError("the reward's own message")
+
+
+fails_at: int | None = None
+at_call: tuple[int, Callable[[], Any]] | None = None
+
+
+def failing_reward(prompts: Sequence[Any], responses: Sequence[str], **columns: Any) -> list[float]:
+    """`length_reward`, until call `fails_at` (infinite scores); at call `at_call[0]` it also does `at_call[1]`."""
+    call = next(calls)
+    if at_call is not None and call == at_call[0]:
+        at_call[1]()
+    return [math.inf if call == fails_at else float(len(text)) for text in responses]
+
+
+calls = itertools.count()
 
 
 def slow_reward(prompts: Sequence[Any], responses: Sequence[str], **columns: Any) -> list[float]:
     """A reward that lets the first batch pass and then thinks for a minute."""
-    if next(_calls) > 0:
+    if next(calls) > 0:
         time.sleep(60)
     return [0.0] * len(responses)
 

@@ -7,7 +7,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -123,8 +123,10 @@ class Session:
 
     def close(self) -> None:
         """Close the log, if it was opened."""
+        # Every row was flushed: what is left to write has failed before, and that failure is on its way.
         if self.log is not None:
-            self.log.close()
+            with suppress(OSError):
+                self.log.close()
 
 
 @contextmanager
