@@ -144,7 +144,9 @@ def test_prepare_replaces_an_invented_system_prompt_unless_it_was_asked_for(
 
 
 def test_prepare_needs_eos_and_template_but_no_pad(bare_tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(SetupError, match=r"no chat template\. Give one with --compute.chat-template FILE.*chatml, role-tags"):
+    with pytest.raises(
+        SetupError, match=r"no chat template\. Give one with --compute.chat-template FILE.*chatml, role-tags"
+    ):
         prepare_tokenizer(bare_tokenizer)
     assert bare_tokenizer.pad_token_id is None
     assert prepare_tokenizer(bare_tokenizer, "chatml").pad_token_id is None

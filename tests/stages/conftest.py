@@ -9,6 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from ppomax.stages.reward import reward
+from ppomax.stages.sft import sft
 from stages.processes import Command
 from stages.toy import (
     TOP_LAYER,
@@ -19,10 +22,6 @@ from stages.toy import (
     sft_config,
     write_rows,
 )
-
-from ppomax.stages.reward import reward
-from ppomax.stages.sft import sft
-
 
 # torch's checkpoint writer logs every tensor at level DEBUG, which drowns what a failing test prints.
 logging.getLogger("c10d-NullHandler-dcp_logger").setLevel(logging.WARNING)

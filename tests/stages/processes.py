@@ -33,7 +33,9 @@ class Command:
         """Wait until something has happened while the command runs; a command that ends before is a failure."""
         end = time.monotonic() + seconds
         while not happened():
-            assert self.process.is_alive(), f"ended with {self.process.exitcode} before it could be stopped: {self.said()}"
+            assert self.process.is_alive(), (
+                f"ended with {self.process.exitcode} before it could be stopped: {self.said()}"
+            )
             assert time.monotonic() < end, f"nothing happened for {seconds} s: {self.said()}"
             time.sleep(0.002)
 

@@ -12,16 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stages import toy
-from stages.conftest import Toys, Trained
-from stages.toy import metrics, prompt_rows, write_rows
 from tokenizers import Tokenizer
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from ppomax.cli import main
 from ppomax.models.embedded import embedded_directory
+from stages import toy
+from stages.conftest import Toys, Trained
+from stages.toy import metrics, prompt_rows, write_rows
 
-FLAGS = "--compute.dtype float32 --compute.device cpu --save.every 100".split()
+FLAGS = ["--compute.dtype", "float32", "--compute.device", "cpu", "--save.every", "100"]
 Said = Callable[..., str]
 
 
@@ -45,7 +45,13 @@ def sft(tmp_path: Path, toys: Toys) -> Callable[..., list[str]]:
     """The words of a short SFT run."""
 
     def words(**changes: str) -> list[str]:
-        settings = {"run-dir": str(tmp_path / "run"), "model": "tiny", "data": toys.dialogues, "epochs": "0.1", **changes}
+        settings = {
+            "run-dir": str(tmp_path / "run"),
+            "model": "tiny",
+            "data": toys.dialogues,
+            "epochs": "0.1",
+            **changes,
+        }
         return ["sft", *(word for name, value in settings.items() for word in (f"--{name}", *value.split())), *FLAGS]
 
     return words
@@ -56,7 +62,13 @@ def reward(tmp_path: Path, toys: Toys, trained: Trained) -> Callable[..., list[s
     """The words of a short reward-model run."""
 
     def words(**changes: str) -> list[str]:
-        settings = {"run-dir": str(tmp_path / "run"), "model": trained.sft, "data": toys.pairs, "max-steps": "1", **changes}
+        settings = {
+            "run-dir": str(tmp_path / "run"),
+            "model": trained.sft,
+            "data": toys.pairs,
+            "max-steps": "1",
+            **changes,
+        }
         return ["reward", *(word for name, value in settings.items() for word in (f"--{name}", *value.split())), *FLAGS]
 
     return words
@@ -129,7 +141,9 @@ def test_prompts_longer_than_they_may_be(
     data = write_rows(tmp_path / "long.jsonl", [{"prompt": "x" * 480}, {"prompt": "apple?"}])
     long_only = write_rows(tmp_path / "only.jsonl", [{"prompt": "x" * 480}])
     said = refused(ppo(prompts=data, **{"max-prompt-tokens": "600", "sampling.max-new-tokens": "20"}))
-    assert said == "policy: longest prompt + response: 519 tokens, but the model has positions for 512; lower the limits"
+    assert (
+        said == "policy: longest prompt + response: 519 tokens, but the model has positions for 512; lower the limits"
+    )
     assert refused(ppo(prompts=long_only)) == "none of 1 prompts fits into 96 tokens; raise max_prompt_tokens"
     assert main(ppo(prompts=data)) == 0
     assert "1 longer than 96 tokens dropped" in capsys.readouterr().err
@@ -158,7 +172,9 @@ def without(folder: Path, *names: str) -> str:
     return str(folder)
 
 
-def test_a_model_directory_that_lacks_something(refused: Said, sft: Any, ppo: Any, trained: Trained, tmp_path: Path) -> None:
+def test_a_model_directory_that_lacks_something(
+    refused: Said, sft: Any, ppo: Any, trained: Trained, tmp_path: Path
+) -> None:
     bare = without(tmp_path / "bare", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
     assert refused(sft(model=bare)).startswith(f"{bare}: no tokenizer could be loaded")
     assert refused(sft(model="./nowhere")).startswith("./nowhere: no such directory. Expected a Hugging Face model")
@@ -167,7 +183,9 @@ def test_a_model_directory_that_lacks_something(refused: Said, sft: Any, ppo: An
     weightless = without(tmp_path / "weightless", "model.safetensors")
     assert f"{weightless}: cannot be loaded as" in refused(sft(model=weightless))
     said = refused(ppo(reward=trained.sft))
-    assert said.startswith(f"{trained.sft}: found no trained score head (score.weight is missing), expected a reward model")
+    assert said.startswith(
+        f"{trained.sft}: found no trained score head (score.weight is missing), expected a reward model"
+    )
 
 
 def test_a_tokenizer_without_a_chat_template(refused: Said, sft: Any, tmp_path: Path) -> None:
@@ -350,7 +368,10 @@ def test_a_disk_that_cannot_be_written(sft: Any, small_disk: Path, capsys: pytes
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     assert main(sft(**{"run-dir": str(small_disk / "run")})) == 2
     said = " ".join(capsys.readouterr().err.split())
-    assert f"{small_disk / 'run'}: cannot write here (Read-only file system), expected a directory that can be written" in said
+    assert (
+        f"{small_disk / 'run'}: cannot write here (Read-only file system), expected a directory that can be written"
+        in said
+    )
 
 
 def test_the_toy_model_is_what_these_tests_take_it_for() -> None:

@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from stages import toy
-from stages.conftest import Toys, Trained
-from stages.toy import first_iteration, metrics, ppo_config, prepared, same_bits, weights
 
 from ppomax.config import CriticConfig, ModelConfig, OptimConfig, ScoreConfig
 from ppomax.stages.ppo import ppo
 from ppomax.stages.reward import reward
 from ppomax.types import SetupError
+from stages import toy
+from stages.conftest import Toys, Trained
+from stages.toy import first_iteration, metrics, ppo_config, prepared, same_bits, weights
 
 FROM_REWARD = CriticConfig(pretrain_iterations=1, optim=OptimConfig(lr=5e-3))
 

@@ -10,9 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from stages import toy
-from stages.conftest import Toys, Trained
-from stages.toy import FLOAT32, LONGER, file_hashes, ppo_config
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from ppomax.config import EvaluateConfig, KLConfig, SamplingConfig
@@ -24,6 +21,9 @@ from ppomax.stages.evaluate import _answer, evaluate
 from ppomax.stages.inputs import compute_of, fitted_prompts
 from ppomax.stages.ppo import ppo
 from ppomax.types import SetupError
+from stages import toy
+from stages.conftest import Toys, Trained
+from stages.toy import FLOAT32, LONGER, file_hashes, ppo_config
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,9 @@ def test_trap_25_and_26_perplexity_and_kl_are_those_of_plain_transformers(
     nll = kl = 0.0
     for prompt, response in zip(answers.rollout.prompt_ids, answers.rollout.responses(), strict=True):
         with torch.no_grad():
-            logits = [m(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1] for m in (plain, baseline)]
+            logits = [
+                m(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1] for m in (plain, baseline)
+            ]
         index = torch.tensor(response)[:, None]
         nll -= float(logits[0].log_softmax(-1).gather(1, index).sum())  # temperature 1
         a, b = ((x / 0.5).log_softmax(-1).gather(1, index) for x in logits)  # the one sampled at

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stages.conftest import Toys, Trained
-from stages.toy import FLOAT32, share_of_e
 
 from ppomax.config import SamplingConfig
 from ppomax.data.readers import read_pairs
 from ppomax.stages.label import label
 from ppomax.types import DataError, SetupError
+from stages.conftest import Toys, Trained
+from stages.toy import FLOAT32, share_of_e
 
 
 def labelled(out: Path, trained: Trained, toys: Toys, judge: Any = share_of_e, **changes: Any) -> list[dict[str, Any]]:
@@ -49,7 +49,9 @@ def test_the_judge_orders_the_answers_of_a_prompt(trained: Trained, toys: Toys, 
         if worse and share_of_e([], [better])[0] - share_of_e([], [worse])[0] > 0.05
     )
     assert pairs == expected
-    assert all(row[f"score_{side}"] == share_of_e([], [row[side]])[0] for row in rows for side in ("chosen", "rejected"))
+    assert all(
+        row[f"score_{side}"] == share_of_e([], [row[side]])[0] for row in rows for side in ("chosen", "rejected")
+    )
     counts = json.loads((tmp_path / "pairs.json").read_text())
     assert (counts["prompts"], counts["responses"], counts["pairs"]) == (45, 180, len(rows))
     assert counts["judge_mean"] == pytest.approx(sum(share_of_e([], [t for _, t in seen])) / 180)
@@ -84,6 +86,8 @@ def test_ties_and_empty_losers_make_no_pair(trained: Trained, toys: Toys, tmp_pa
 def test_a_judge_or_a_length_that_cannot_work_writes_nothing(trained: Trained, toys: Toys, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="reward judge: scores, entry 0: found nan"):
         labelled(tmp_path / "pairs.jsonl", trained, toys, lambda p, r, **_: [float("nan")] * len(r))
-    with pytest.raises(SetupError, match="longest prompt \\+ response: 54. tokens, but the model has positions for 512"):
+    with pytest.raises(
+        SetupError, match="longest prompt \\+ response: 54. tokens, but the model has positions for 512"
+    ):
         labelled(tmp_path / "pairs.jsonl", trained, toys, sampling=SamplingConfig(max_new_tokens=500))
     assert list(tmp_path.iterdir()) == []

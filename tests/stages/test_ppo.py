@@ -8,6 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from ppomax.config import CriticConfig, KLConfig, OptimConfig, PPOConfig, SamplingConfig
+from ppomax.config.recipes import ppo_max, vanilla
+from ppomax.engine.optimiser import learning_rate
+from ppomax.rewards.model import RewardModel
+from ppomax.stages.ppo import ppo
+from ppomax.types import SetupError
 from stages import toy
 from stages.conftest import Toys, Trained
 from stages.toy import (
@@ -21,14 +29,6 @@ from stages.toy import (
     share_of_e,
     weights,
 )
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-
-from ppomax.config import CriticConfig, KLConfig, OptimConfig, PPOConfig, SamplingConfig
-from ppomax.config.recipes import ppo_max, vanilla
-from ppomax.engine.optimiser import learning_rate
-from ppomax.rewards.model import RewardModel
-from ppomax.stages.ppo import ppo
-from ppomax.types import SetupError
 
 FAST = OptimConfig(lr=5e-3)
 
@@ -50,7 +50,9 @@ def recipe(base: PPOConfig, run_dir: Path, trained: Trained, toys: Toys, **chang
 
 
 def test_a_callable_raises_its_score(trained: Trained, toys: Toys, tmp_path: Path) -> None:
-    result = ppo(config := ppo_config(tmp_path / "run", trained.sft, toys.prompts, **LONGER, kl=KLConfig(coefficient=None)))
+    result = ppo(
+        config := ppo_config(tmp_path / "run", trained.sft, toys.prompts, **LONGER, kl=KLConfig(coefficient=None))
+    )
     scores = column(config, "score_mean")
     assert sum(scores[:2]) / 2 < 0.15
     assert sum(scores[-3:]) / 3 > 0.3
@@ -64,7 +66,6 @@ def test_a_callable_by_name_and_as_an_object_are_the_same(trained: Trained, toys
     ppo(by_name)
     ppo(as_object, reward=share_of_e)
     rows = [metrics(config.run_dir) for config in (by_name, as_object)]
-    assert [row.pop("score/stages.toy:share_of_e") for row in rows[0]] == [row.pop("score/share_of_e") for row in rows[1]]
     assert rows[0] == rows[1]
     assert same_bits(weights(by_name.run_dir / "final"), weights(as_object.run_dir / "final"))
 
@@ -150,7 +151,9 @@ def test_a_judge_is_logged_and_changes_nothing(trained: Trained, toys: Toys, tmp
     assert rows == metrics(alone.run_dir)
 
 
-def test_the_same_run_is_the_same_bit_for_bit_and_the_seed_matters(trained: Trained, toys: Toys, tmp_path: Path) -> None:
+def test_the_same_run_is_the_same_bit_for_bit_and_the_seed_matters(
+    trained: Trained, toys: Toys, tmp_path: Path
+) -> None:
     configs = [ppo_config(tmp_path / n, trained.sft, toys.prompts, seed=s) for n, s in (("a", 0), ("b", 0), ("c", 1))]
     for config in configs:
         ppo(config)
@@ -166,7 +169,9 @@ def test_trap_22_rates_and_steps_are_those_of_the_plan(
     trained: Trained, toys: Toys, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     optim = OptimConfig(lr=1e-3, warmup=0.0, schedule="cosine", floor=0.1)
-    critic = CriticConfig(init="policy", pretrain_iterations=2, optim=OptimConfig(lr=3e-3, warmup=0.5, schedule="linear"))
+    critic = CriticConfig(
+        init="policy", pretrain_iterations=2, optim=OptimConfig(lr=3e-3, warmup=0.5, schedule="linear")
+    )
     config = ppo_config(
         tmp_path / "run", trained.sft, toys.prompts, iterations=6, rollout_batch=8, optim=optim, critic=critic
     )

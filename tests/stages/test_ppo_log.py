@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from stages.conftest import Toys, Trained
-from stages.toy import FirstIteration, first_iteration, metrics, ppo_config, prepared
 from transformers import AutoModelForCausalLM
 
 from ppomax.config import CriticConfig, OptimConfig, PPOConfig, SamplingConfig
 from ppomax.stages.ppo import ppo
 from ppomax.stages.ppo_setup import Job
 from ppomax.stages.update import update
+from stages.conftest import Toys, Trained
+from stages.toy import FirstIteration, first_iteration, metrics, ppo_config, prepared
 
 CONSTANT = OptimConfig(lr=2e-2, warmup=0.0, schedule="constant")
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from stages.conftest import Toys, Trained
-from stages.processes import Command, rows_in
-from stages.toy import metrics, prompt_rows, same_bits, weights, write_rows
 
 from ppomax.cli import main
 from ppomax.engine.checkpoint import latest_checkpoint
+from stages.conftest import Toys, Trained
+from stages.processes import Command, rows_in
+from stages.toy import metrics, prompt_rows, same_bits, weights, write_rows
 
 Words = Callable[[str, Path], list[str]]
 FINALS = {"sft": ("final",), "reward": ("final",), "ppo": ("final", "critic")}
@@ -197,9 +197,7 @@ def test_where_no_checkpoint_is_intact_nothing_is_done(
     assert (copied / "metrics.jsonl").read_bytes() == rows
 
 
-def test_a_torn_last_row_is_no_obstacle(
-    copied: Path, words: Words, uninterrupted: Callable[[str], Path]
-) -> None:
+def test_a_torn_last_row_is_no_obstacle(copied: Path, words: Words, uninterrupted: Callable[[str], Path]) -> None:
     for name in ("metrics.jsonl", "samples.jsonl"):
         with (copied / name).open("a") as file:
             file.write('{"iteration": 8, "score_')
@@ -227,7 +225,12 @@ def test_a_frozen_model_that_changed_in_between_is_refused(
 
 @pytest.mark.parametrize("verb", ["sft", "reward"])
 def test_a_base_model_that_changed_in_between_is_refused(
-    verb: str, words: Words, trained: Trained, command: type[Command], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    verb: str,
+    words: Words,
+    trained: Trained,
+    command: type[Command],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """With frozen layers, the checkpoint holds the upper ones only: on another model they would be nonsense."""
     base, run_dir = tmp_path / "base", tmp_path / "run"

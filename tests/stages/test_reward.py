@@ -10,6 +10,17 @@ from typing import Any
 import pytest
 import torch
 from models.architectures import save_model
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from ppomax.config import OptimConfig
+from ppomax.data.chat import render_prompt, render_response
+from ppomax.data.readers import read_pairs
+from ppomax.data.split import split_by_key
+from ppomax.models.load import load_tokenizer
+from ppomax.stages.inputs import RankedTokens, compute_of, ranked_tokens
+from ppomax.stages.reward import reward, reward_player, score_pairs
+from ppomax.types import DataError, SetupError
 from stages.conftest import Toys, Trained
 from stages.toy import (
     CALM,
@@ -24,17 +35,6 @@ from stages.toy import (
     weights,
     write_rows,
 )
-from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-from ppomax.config import OptimConfig
-from ppomax.data.chat import render_prompt, render_response
-from ppomax.data.readers import read_pairs
-from ppomax.data.split import split_by_key
-from ppomax.models.load import load_tokenizer
-from ppomax.stages.inputs import RankedTokens, compute_of, ranked_tokens
-from ppomax.stages.reward import reward, reward_player, score_pairs
-from ppomax.types import DataError, SetupError
 
 # All prompts in one optimiser step.
 ONE_STEP: dict[str, Any] = {"tokens_per_batch": 10**9, "max_prompts": 300, "epochs": 1, "heldout": 0.0}

@@ -8,9 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from stages import toy
-from stages.conftest import Toys, Trained
-from stages.toy import FirstIteration, first_iteration, length_reward, ppo_config, prepared
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -19,6 +16,9 @@ from ppomax.data.chat import render_prompt, render_response
 from ppomax.stages.ppo import estimate, seen
 from ppomax.stages.reward import reward
 from ppomax.stages.update import update
+from stages import toy
+from stages.conftest import Toys, Trained
+from stages.toy import FirstIteration, first_iteration, length_reward, ppo_config, prepared
 
 
 def rows_of(it: FirstIteration) -> list[tuple[tuple[int, ...], list[int]]]:
@@ -70,7 +70,9 @@ def test_trap_09_the_ids_that_are_scored_and_trained_on_are_those_sampled(toys: 
     again = [render_response(job.players.tokenizer, text) for text in it.texts]
     assert sum(a != r for a, (_, r) in zip(again, rows_of(it), strict=True)) > 10
     planned = [m.batch for group in it.plan for m in group]
-    assert sorted(tuple(row[:n].tolist()) for m in planned for row, n in zip(m.ids_BT, m.length_B, strict=True)) == sampled
+    assert (
+        sorted(tuple(row[:n].tolist()) for m in planned for row, n in zip(m.ids_BT, m.length_B, strict=True)) == sampled
+    )
     read: list[tuple[int, ...]] = []
 
     def watch(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
@@ -217,7 +219,9 @@ def test_a_reward_model_of_another_vocabulary_reads_text(
     it = first_iteration(job)
     model = AutoModelForSequenceClassification.from_pretrained(spec)
     for b, prompt in enumerate(it.scored.rollout.prompts):
-        ids = render_prompt(job.players.tokenizer, prompt.messages) + render_response(job.players.tokenizer, it.texts[b])
+        ids = render_prompt(job.players.tokenizer, prompt.messages) + render_response(
+            job.players.tokenizer, it.texts[b]
+        )
         with torch.no_grad():
             score = model.model(torch.tensor([ids])).last_hidden_state[0, -1] @ model.score.weight[0]
         assert float(it.scored.score_B[b]) == pytest.approx(float(score), abs=1e-4)

@@ -7,6 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ppomax.config import OptimConfig
+from ppomax.data.readers import read_dialogues
+from ppomax.data.split import split_by_key
+from ppomax.engine.optimiser import learning_rate
+from ppomax.models.embedded import embedded_directory
+from ppomax.stages.sft import sft
 from stages.conftest import Toys, Trained
 from stages.toy import (
     CALM,
@@ -20,14 +28,6 @@ from stages.toy import (
     weights,
     write_rows,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from ppomax.config import OptimConfig
-from ppomax.data.readers import read_dialogues
-from ppomax.data.split import split_by_key
-from ppomax.engine.optimiser import learning_rate
-from ppomax.models.embedded import embedded_directory
-from ppomax.stages.sft import sft
 
 
 def summary(run_dir: Path) -> dict[str, float]:
@@ -80,7 +80,9 @@ def test_trap_19_the_size_of_microbatches_changes_nothing(toys: Toys, tmp_path: 
     runs = {}
     for budget in (64, 4096):
         compute = FLOAT32.model_copy(update={"tokens_per_microbatch": budget})
-        config = sft_config(tmp_path / str(budget), toys.dialogues, epochs=0.2, heldout=0.0, compute=compute, optim=CALM)
+        config = sft_config(
+            tmp_path / str(budget), toys.dialogues, epochs=0.2, heldout=0.0, compute=compute, optim=CALM
+        )
         sft(config)
         runs[budget] = metrics(config.run_dir), weights(config.run_dir / "final")
     for name in ("loss", "grad_norm"):
@@ -135,9 +137,7 @@ def test_a_finished_run_is_neither_repeated_nor_touched(
     assert file_hashes(config.run_dir)["final/model.safetensors"] == before["final/model.safetensors"]
 
 
-def test_a_long_dialogue_is_cut_and_plain_text_is_learnt(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_long_dialogue_is_cut_and_plain_text_is_learnt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [
         {"prompt": "apple?", "response": "bread " * 40}, {"text": "seven stones"}, {"prompt": "x" * 90, "response": "y"}
     ]  # fmt: skip

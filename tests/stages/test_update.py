@@ -10,6 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
+
+from ppomax.config import CriticConfig, OptimConfig, PPOConfig, SamplingConfig
+from ppomax.models.players import Player
+from ppomax.stages.ppo import ppo
+from ppomax.stages.ppo_setup import Job
+from ppomax.stages.update import Totals, update
 from stages.conftest import Toys, Trained
 from stages.toy import (
     CALM,
@@ -24,13 +31,6 @@ from stages.toy import (
     same_bits,
     weights,
 )
-from torch import Tensor, nn
-
-from ppomax.config import CriticConfig, OptimConfig, PPOConfig, SamplingConfig
-from ppomax.models.players import Player
-from ppomax.stages.ppo import ppo
-from ppomax.stages.ppo_setup import Job
-from ppomax.stages.update import Totals, update
 
 ONE_MINIBATCH: dict[str, Any] = {"rollout_batch": 8, "minibatch": 8}
 
@@ -61,9 +61,7 @@ def fingerprint(model: nn.Module) -> str:
     ],
     ids=["full", "shared trunk", "gradient checkpointing", "one row a microbatch"],
 )
-def test_trap_07_the_ratio_is_1_while_nothing_has_moved(
-    compute: Any, lively: str, toys: Toys, tmp_path: Path
-) -> None:
+def test_trap_07_the_ratio_is_1_while_nothing_has_moved(compute: Any, lively: str, toys: Toys, tmp_path: Path) -> None:
     config = ppo_config(
         tmp_path / "run", lively, toys.prompts, compute=compute, optim=OptimConfig(lr=1e-12, warmup=0.0),
         sampling=SamplingConfig(max_new_tokens=10, temperature=0.7),
@@ -197,9 +195,7 @@ def test_trap_15_and_20_the_critic_gets_the_gradient_of_its_own_loss_alone(
     totals = updated(job, it).means()
     loss = torch.zeros(())
     scored = it.scored
-    for b, (prompt, response) in enumerate(
-        zip(scored.rollout.prompt_ids, scored.rollout.responses(), strict=True)
-    ):
+    for b, (prompt, response) in enumerate(zip(scored.rollout.prompt_ids, scored.rollout.responses(), strict=True)):
         states = model.model(torch.tensor([[*prompt, *response]])).last_hidden_state[0]
         values = (states @ model.score.weight[0])[len(prompt) - 1 : -1]
         loss = loss + (values - it.experience.returns_BR[b, : len(response)]).square().sum()

@@ -38,7 +38,23 @@ from ppomax.stages.scoring import Microbatch, TokenStatistics, plan_minibatches,
 from ppomax.stages.session import session
 from ppomax.types import Experience, ScoredRollouts
 
-WORDS = "apple river stone cloud green tree lemon house music night bread glass wheel beach seven".split()
+WORDS = [
+    "apple",
+    "river",
+    "stone",
+    "cloud",
+    "green",
+    "tree",
+    "lemon",
+    "house",
+    "music",
+    "night",
+    "bread",
+    "glass",
+    "wheel",
+    "beach",
+    "seven",
+]
 FLOAT32 = ModelConfig(dtype="float32", device="cpu")
 TOP_LAYER = FLOAT32.model_copy(update={"train_layers": 1})
 # Adam's first steps are about lr × sign(gradient), which magnifies rounding; an offset in its denominator does not.

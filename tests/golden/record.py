@@ -1,0 +1,70 @@
+"""The golden run: 20 iterations of PPO-max on the tiny model. `make golden` records its metrics in golden.json.
+
+A change of golden.json needs a line in CHANGELOG.md under "Numerics" that says why the numbers moved.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+GOLDEN = Path(__file__).with_name("golden.json")
+# Depends on the machine, or is not a number.
+LEFT_OUT = ("seconds", "tokens_per_second", "peak_memory", "score_histogram", "alarms", "stop", "phase", "nonfinite")
+
+if __name__ == "__main__":
+    os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1")
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+
+def golden_run(folder: Path) -> list[dict[str, float]]:
+    """The metrics of every iteration, by name; `folder` is filled with the runs."""
+    import torch
+    from stages.toy import dialogue_rows, pair_rows, ppo_config, prompt_rows, reward_config, sft_config, write_rows
+
+    from ppomax.config import CriticConfig, KLConfig, OptimConfig, ScoreConfig
+    from ppomax.stages.ppo import ppo
+    from ppomax.stages.reward import reward
+    from ppomax.stages.sft import sft
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        data = {"dialogues": dialogue_rows(), "pairs": pair_rows(), "prompts": prompt_rows(45)}
+        specs = {name: write_rows(folder / f"{name}.jsonl", rows) for name, rows in data.items()}
+        policy, scorer = (str(folder / name / "final") for name in ("sft", "reward"))
+        sft(sft_config(folder / "sft", specs["dialogues"]))
+        reward(reward_config(folder / "reward", policy, specs["pairs"], epochs=2))
+        ppo(
+            ppo_config(
+                folder / "ppo", policy, specs["prompts"], iterations=20, reward=(scorer,),
+                ptx_data=(specs["dialogues"],), ptx_weight=0.1, kl=KLConfig(), score=ScoreConfig(),
+                critic=CriticConfig(optim=OptimConfig(lr=3e-3)), optim=OptimConfig(lr=3e-3),
+            )
+        )  # fmt: skip
+    finally:
+        torch.set_num_threads(before)
+    lines = (folder / "ppo" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [_numbers(json.loads(line)) for line in lines]
+
+
+def _numbers(row: dict[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in row.items() if not name.startswith(LEFT_OUT)}
+
+
+def main() -> None:
+    """Record the run in golden.json."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["PPOMAX_CACHE"] = folder
+        rows = golden_run(Path(folder))
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    GOLDEN.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
+    print(f"{GOLDEN}: {len(rows)} iterations recorded")
+
+
+if __name__ == "__main__":
+    main()
