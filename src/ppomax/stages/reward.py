@@ -72,7 +72,8 @@ def _train(run: Session, config: RewardConfig) -> dict[str, Any]:
     if restored is not None:
         optimiser.load_state_tensors(restored[0])
         start = int(restored[1]["step"]) + 1
-    states = _states(model, rows, config.compute.tokens_per_microbatch)
+    repeated = steps > len(first)  # states that are read once are not worth keeping
+    states = _states(model, rows, config.compute.tokens_per_microbatch) if repeated else None
     held_states = _states(model, heldout, config.compute.tokens_per_microbatch)
     batches = _batches(rows, config, steps)
     with progress("reward", steps, done=start) as advance:

@@ -65,7 +65,8 @@ def _train(run: Session, config: SFTConfig) -> dict[str, Any]:
         optimiser.load_state_tensors(restored[0])
         start = int(restored[1]["step"]) + 1
     budget = config.compute.tokens_per_microbatch
-    states = trunk_states(policy, [row.ids for row in rows], budget=budget)
+    repeated = steps > per_epoch  # states that are read once are not worth keeping
+    states = trunk_states(policy, [row.ids for row in rows], budget=budget) if repeated else None
     with progress("sft", steps, done=start) as advance:
         for step in range(start, steps):
             epoch, within = divmod(step, per_epoch)
