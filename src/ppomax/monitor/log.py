@@ -160,4 +160,4 @@ def _tensorboard_writer(folder: Path, last: int | None) -> Any:
     except ImportError:
         _logger.warning("TensorBoard is not installed: no event files in %s, metrics.jsonl has all numbers", folder)
         return None
-    return SummaryWriter(str(folder), purge_step=None if last is None else last + 1)
+    return SummaryWriter(str(folder), purge_step=None if last is None else last + 1, flush_secs=5)
