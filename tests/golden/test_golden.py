@@ -10,9 +10,9 @@ import pytest
 from golden.record import GOLDEN, golden_run
 
 # On one machine the run repeats bit for bit (tests/stages hold that). Another processor adds in another order: a
-# relative 1e-7 an operation, which 20 iterations of updates enlarge to about 1e-5; 1e-3 leaves room, and any change of
+# relative 1e-7 an operation, which 20 iterations of updates enlarge to 1e-5, and to 1e-3 where a sum nearly cancels. Any change of
 # an algorithm is far larger. Where a response happens to end on the edge of two tokens, a processor may still differ.
-RELATIVE, ABSOLUTE = 1e-3, 1e-5
+RELATIVE, ABSOLUTE = 1e-3, 1e-4
 
 
 def test_twenty_iterations_of_ppo_max_are_those_recorded(tmp_path: Path) -> None:
