@@ -15,19 +15,32 @@ from typing import Any
 
 import pytest
 import torch
-from stages.processes import Command, rows_in
-from stages.toy import FLOAT32, file_hashes, metrics, same_bits, weights
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from ppomax.cli import main
 from ppomax.data.readers import read_pairs, read_prompts
 from ppomax.stages.inputs import compute_of
 from ppomax.stages.players import load_reward_model
+from stages.processes import Command, rows_in
+from stages.toy import FLOAT32, file_hashes, metrics, same_bits, weights
 
 pytestmark = pytest.mark.slow
 
-KEYS = """wall_seconds stage_seconds reward_accuracy gold kl_per_sequence length_before length_after distinct2_before
-distinct2_after topic_before topic_after iterations seed""".split()
+KEYS = [
+    "wall_seconds",
+    "stage_seconds",
+    "reward_accuracy",
+    "gold",
+    "kl_per_sequence",
+    "length_before",
+    "length_after",
+    "distinct2_before",
+    "distinct2_after",
+    "topic_before",
+    "topic_after",
+    "iterations",
+    "seed",
+]
 STAGES = {"model", "sft", "label", "reward", "ppo", "evaluate"}
 TRAINED = ("sft", "reward", "ppo")
 
