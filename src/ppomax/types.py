@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Any, TypedDict
 
 import torch
@@ -188,9 +189,61 @@ class TokenBatch:
         """Bool [B, R]: the response tokens that exist."""
         return length_mask(self.length_B - self.prompt_length_B, self.response_width)
 
+    @cached_property
+    def packing(self) -> Packing:
+        """The batch's tokens in one line: no padding, and what several rows share as their prompt only once."""
+        return Packing.of(self)
+
     def with_trunk(self, trunk_BTH: Tensor) -> TokenBatch:
         """The same batch with the states of the frozen lower layers filled in."""
         return replace(self, trunk_BTH=trunk_BTH)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Where the N tokens of a packed batch come from and go to: its G distinct prompts first, then its B responses.
+
+    source_N: position in the flattened [B·T] batch; position_N: in its own sequence. place_BT: packed index of every
+    (b, t), 0 for padding. Attention works on padded blocks: prompt_GP and response_BR are packed indices (padding: 0),
+    prompt_B is the prompt of each response, block_N is where token n stands in [G·P | B·R], visible_BRS (bool, S = P + R)
+    is what a response token may see: its own prompt, itself, and the response before it.
+    """
+
+    source_N: Tensor
+    position_N: Tensor
+    place_BT: Tensor
+    prompt_GP: Tensor
+    response_BR: Tensor
+    prompt_B: Tensor
+    block_N: Tensor
+    visible_BRS: Tensor
+
+    @classmethod
+    def of(cls, batch: TokenBatch) -> Packing:
+        """Pack a batch; equal prompts are found by their ids."""
+        ids, lengths, prompt_lengths = batch.ids_BT.tolist(), batch.length_B.tolist(), batch.prompt_length_B.tolist()
+        B, T = batch.ids_BT.shape
+        known: dict[tuple[int, ...], int] = {}
+        prompt_of = [known.setdefault(tuple(row[:p]), len(known)) for row, p in zip(ids, prompt_lengths, strict=True)]
+        first = [prompt_of.index(g) for g in range(len(known))]
+        P, R = max(prompt_lengths), batch.response_width
+        source, position, block = [], [], []
+        place_BT, prompt_GP, response_BR = [[0] * T for _ in range(B)], [[0] * P for _ in first], [[0] * R for _ in ids]
+        for g, b in enumerate(first):
+            for t in range(prompt_lengths[b]):
+                prompt_GP[g][t] = len(source)
+                source.append(b * T + t), position.append(t), block.append(g * P + t)
+        for b, (p, n) in enumerate(zip(prompt_lengths, lengths, strict=True)):
+            place_BT[b][:p] = prompt_GP[prompt_of[b]][:p]
+            for t in range(p, n):
+                place_BT[b][t] = response_BR[b][t - p] = len(source)
+                source.append(b * T + t), position.append(t), block.append(len(first) * P + b * R + t - p)
+        s, r = torch.arange(P + R), torch.arange(R)
+        own = (s[None, :] >= P) & (s[None, :] - P <= r[:, None])
+        visible_BRS = (s < torch.tensor(prompt_lengths)[:, None])[:, None, :] & (s < P) | own
+        device = batch.ids_BT.device
+        parts = (source, position, place_BT, prompt_GP, response_BR, prompt_of, block)
+        return cls(*(torch.tensor(part, device=device) for part in parts), visible_BRS.to(device))
 
 
 def token_batch(

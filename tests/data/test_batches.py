@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ppomax.data.batches import balanced_batches, epoch_order, token_budget_batches
+from ppomax.data.batches import balanced_batches, epoch_order, prompt_batches, token_budget_batches
 
 lengths_lists = st.lists(st.integers(1, 300), max_size=200)
 
@@ -29,6 +29,25 @@ def test_token_budget_holds_and_every_row_comes_once(lengths: list[int], budget:
         assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget
     in_order = [lengths[i] for batch in batches for i in batch]
     assert in_order == sorted(lengths, reverse=True)
+
+
+def test_prompt_batches_by_hand() -> None:
+    prompts, responses = [[1, 1], [2], [1, 1], [2], [3]], [[0] * n for n in (3, 9, 5, 1, 2)]
+    # Longest first: prompt 2 (1 + 9), prompt 1 (2 + 5), prompt 3. Budget 12: 1 + 9 + 1 = 11; 2 + 5 + 3 = 10, then 3.
+    assert prompt_batches(prompts, responses, budget=12) == [[1, 3], [2, 0], [4]]
+    # A prompt that exceeds the budget is spread, and read again in each batch: 1 + 9 | 1 + 1.
+    assert prompt_batches(prompts[:2] + prompts[3:4], responses[:2] + responses[3:4], budget=10)[:2] == [[1], [2, 0]]
+
+
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 30)), max_size=60), st.integers(1, 100))
+def test_prompt_batches_hold_the_budget_and_every_row_comes_once(rows: list[tuple[int, int]], budget: int) -> None:
+    prompts, responses = [[p] * (p + 1) for p, _ in rows], [[0] * n for _, n in rows]
+    batches = prompt_batches(prompts, responses, budget=budget)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(rows)))
+    for batch in batches:
+        assert batch
+        distinct = {tuple(prompts[i]) for i in batch}
+        assert len(batch) == 1 or sum(map(len, distinct)) + sum(len(responses[i]) for i in batch) <= budget
 
 
 @given(lengths_lists, st.integers(1, 3000), st.integers(1, 8), st.integers(0, 20), st.integers(0, 3))

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from ppomax.config import PPOConfig
+from ppomax.stages.ppo import ppo
 from ppomax.stages.reward import reward
 from ppomax.stages.sft import sft
 from stages.processes import Command
@@ -17,6 +19,7 @@ from stages.toy import (
     TOP_LAYER,
     dialogue_rows,
     pair_rows,
+    ppo_config,
     prompt_rows,
     reward_config,
     sft_config,
@@ -87,6 +90,14 @@ def trained_top(toys: Toys, model_cache: Path, tmp_path_factory: pytest.TempPath
     sft(sft_config(folder / "sft", toys.dialogues, compute=TOP_LAYER))
     reward(reward_config(folder / "reward", str(folder / "sft" / "final"), toys.pairs, compute=TOP_LAYER))
     return Trained(folder / "sft", folder / "reward")
+
+
+@pytest.fixture(scope="session")
+def base_run(toys: Toys, trained: Trained, tmp_path_factory: pytest.TempPathFactory) -> PPOConfig:
+    """A finished PPO run of `ppo_config` as it is; not to be changed."""
+    config = ppo_config(tmp_path_factory.mktemp("base") / "run", trained.sft, toys.prompts)
+    ppo(config)
+    return config
 
 
 @pytest.fixture

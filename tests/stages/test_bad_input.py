@@ -274,7 +274,7 @@ REWARDS = {
     "stages.toy:no_such": "stages.toy:no_such: found no callable 'no_such' in stages.toy",
     "stages.toy:nan_reward": "reward stages.toy:nan_reward: scores, entry 1: found nan, expected a finite number",
     "stages.toy:short_reward": "reward stages.toy:short_reward: found 7 values for 8 responses, expected one each",
-    "stages.toy:is_e": "reward stages.toy:is_e: response ",  # dense, but with one number per response
+    "stages.toy:broken_dense": "reward stages.toy:broken_dense: response ",
 }
 
 

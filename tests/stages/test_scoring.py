@@ -76,8 +76,9 @@ def test_trap_09_the_ids_that_are_scored_and_trained_on_are_those_sampled(toys: 
     read: list[tuple[int, ...]] = []
 
     def watch(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-        batch = next(m for m in planned if m.ids_BT is named["input_ids"])
-        read.extend(tuple(row[:n].tolist()) for row, n in zip(batch.ids_BT, batch.length_B, strict=True))
+        batch = next(m for m in planned if m.packing is named["packing"])
+        rows = named["input_ids"][0][batch.packing.place_BT]
+        read.extend(tuple(row[:n].tolist()) for row, n in zip(rows, batch.length_B, strict=True))
 
     job.players.policy.base.register_forward_pre_hook(watch, with_kwargs=True)
     update(job.players, job.optimisers, it.experience, it.plan, job.config, iteration=1, ptx=[])
@@ -189,22 +190,20 @@ def test_monte_carlo_targets_are_the_rewards_to_go(trained: Trained, toys: Toys,
 
 
 def test_dense_rewards_stand_at_their_own_tokens_with_their_weight(
-    trained: Trained, toys: Toys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Trained, toys: Toys, tmp_path: Path
 ) -> None:
-    config = ppo_config(tmp_path / "plain", trained.sft, toys.prompts)
-    lengths = first_iteration(prepared(config)).scored.rollout.length_B.tolist()
-    dense = [[b + r / 100 for r in range(n)] for b, n in enumerate(lengths)]
-    monkeypatch.setattr(toy, "given_dense", dense)
-    terms = ("0.5*stages.toy:dense_reward", "stages.toy:length_reward")
-    config = config.model_copy(
-        update={"run_dir": tmp_path / "dense", "reward": terms, "score": ScoreConfig(normalise=False, clip=None)}
-    )
+    config = ppo_config(
+        tmp_path / "run", trained.sft, toys.prompts, score=ScoreConfig(normalise=False, clip=None),
+        reward=("0.5*stages.toy:dense_e", "stages.toy:length_reward"),
+    )  # fmt: skip
     it = first_iteration(prepared(config))
     assert it.scored.score_B.tolist() == length_reward([], it.texts)
-    for b, n in enumerate(lengths):
-        expected = [0.5 * x for x in dense[b]]
+    responses = it.scored.rollout.responses()
+    assert sum(response.count(toy.E) for response in responses) > 3
+    for b, response in enumerate(responses):
+        expected = [0.5 * (token == toy.E) for token in response]
         expected[-1] += len(it.texts[b])
-        assert it.rewards_BR[b, :n].tolist() == pytest.approx(expected, abs=1e-5)
+        assert it.rewards_BR[b, : len(response)].tolist() == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_reward_model_of_another_vocabulary_reads_text(

@@ -94,7 +94,7 @@ def test_every_row_is_in_exactly_one_microbatch(directories: tuple[str, str], mi
     assert sorted(i for group in rows for i in group) == list(range(ROWS))
     assert [len(group) for group in rows[:-1]] == [minibatch] * (len(rows) - 1) and len(rows[-1]) <= minibatch
     for micro in (m for group in plan for m in group):
-        assert len(micro.rows) == 1 or micro.batch.ids_BT.numel() <= budget
+        assert len(micro.rows) == 1 or len(micro.batch.packing.source_N) <= budget
         for b, i in enumerate(micro.rows):
             whole = [*rollout.prompt_ids[i], *rollout.responses()[i]]
             assert micro.batch.ids_BT[b, : len(whole)].tolist() == whole

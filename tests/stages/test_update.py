@@ -32,7 +32,7 @@ from stages.toy import (
     weights,
 )
 
-ONE_MINIBATCH: dict[str, Any] = {"rollout_batch": 8, "minibatch": 8}
+ONE_MINIBATCH: dict[str, Any] = {"rollout_batch": 16, "minibatch": 16}
 
 
 def updated(job: Job, it: FirstIteration, iteration: int = 1) -> Totals:
@@ -84,7 +84,7 @@ def test_trap_07_in_a_run_the_first_minibatch_of_every_iteration_has_ratio_1(
     ppo(config)
     rows = metrics(config.run_dir)[1:]
     assert [row["ratio_max"] for row in rows] == pytest.approx([1] * 4, abs=1e-5)
-    assert rows[-1]["kl_per_sequence"] > 0.01  # though the policy has moved in between
+    assert abs(rows[-1]["kl_per_sequence"]) > 1e-3  # though the policy has moved in between
 
 
 @pytest.mark.parametrize("compute", [FLOAT32, TOP_LAYER], ids=["full", "shared trunk"])
@@ -126,6 +126,7 @@ def test_trap_20_one_step_per_minibatch_holds_the_policy_and_the_ptx_gradient(
     settings: dict[str, Any] = {**ONE_MINIBATCH, "optim": CALM, "ptx_data": (toys.dialogues,), "ptx_weight": 0.3}
     job = prepared(ppo_config(tmp_path / "run", trained.sft, toys.prompts, **settings, ptx_batch=225))
     it = first_iteration(job)
+    assert not it.scored.rollout.mask_BR.all()
     model = copy.deepcopy(job.players.policy.model)
     before = parameters(job.players.policy)
     totals = updated(job, it)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ppomax.config import (
@@ -119,17 +120,20 @@ def length_reward(prompts: Sequence[Any], responses: Sequence[str], **columns: A
     return [float(len(text)) for text in responses]
 
 
-given_dense: list[list[float]] = []
+# The letter's id: three special tokens come first, then the bytes as characters in order.
+E = 3 + sorted(pre_tokenizers.ByteLevel.alphabet()).index("e")
 
 
-def dense_reward(prompts: Sequence[Any], responses: Sequence[str], **columns: Any) -> list[list[float]]:
-    """A dense reward: what a test has put into `given_dense`."""
-    return given_dense
+def dense_e(
+    prompts: Sequence[Any], responses: Sequence[str], *, response_ids: list[list[int]], **columns: Any
+) -> list[list[float]]:
+    """A dense reward: 1 for every token that is the letter e."""
+    return [[float(token == E) for token in ids] for ids in response_ids]
 
 
-def is_e(prompts: Sequence[Any], responses: Sequence[str], **columns: Any) -> list[list[float]]:
-    """A dense reward for responses of one token."""
-    return [[float(text == "e")] for text in responses]
+def broken_dense(prompts: Sequence[Any], responses: Sequence[str], **columns: Any) -> list[list[float]]:
+    """A broken dense reward: one number per response, however long it is."""
+    return [[0.0] for _ in responses]
 
 
 def other_vocabulary(folder: Path) -> str:

@@ -34,7 +34,7 @@ class ModelConfig(Schema):
     tokens_per_microbatch: int = Field(
         default=4096,
         ge=16,
-        description="Rows × padded width of one forward-backward pass. Bounds memory, not the result.",
+        description="Tokens of one forward-backward pass, padding included. Bounds memory, not the result.",
     )
     chat_template: str | None = Field(
         default=None, description="chatml, role-tags, or a Jinja file, for a tokenizer without a template of its own."

@@ -24,6 +24,37 @@ def token_budget_batches(lengths: Sequence[int], *, budget: int, max_rows: int) 
     return batches
 
 
+def prompt_batches(
+    prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], *, budget: int
+) -> list[list[int]]:
+    """Microbatches of row indices for packed passes: at most `budget` tokens, where equal prompts count once.
+
+    Rows of one prompt stand together, longest first, so that neighbours have similar lengths; a prompt whose rows exceed
+    the budget is spread over several batches. Every index occurs exactly once.
+    """
+    _expect_positive(budget=budget)
+    rows_of: dict[tuple[int, ...], list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        rows_of.setdefault(tuple(prompt), []).append(i)
+    longest = {prompt: len(prompt) + max(len(responses[i]) for i in rows) for prompt, rows in rows_of.items()}
+    batches: list[list[int]] = []
+    room = 0
+    for prompt in sorted(rows_of, key=lambda prompt: (-longest[prompt], rows_of[prompt][0])):
+        rows = sorted(rows_of[prompt], key=lambda i: (-len(responses[i]), i))
+        whole = len(prompt) + sum(len(responses[i]) for i in rows)
+        if not batches or room < whole:
+            batches.append([])
+            room = budget
+        room -= len(prompt)
+        for i in rows:
+            if batches[-1] and room < len(responses[i]):
+                batches.append([])
+                room = budget - len(prompt)
+            batches[-1].append(i)
+            room -= len(responses[i])
+    return batches
+
+
 def epoch_order(n: int, *, seed: int, epoch: int) -> list[int]:
     """A permutation of range(n) that depends on (seed, epoch) only, equal under every numpy version."""
     # Raw bits of a bit generator are stable by contract; `Generator.permutation` is not.

@@ -17,8 +17,8 @@ def token_logprobs(
 ) -> Tensor:
     """log softmax(states·weightᵀ / temperature) at `targets_N`: float32 [N], differentiable in states, weight and bias.
 
-    The backward pass recomputes the logits of a chunk and forms the gradient in place:
-    d logits = g · (one_hot(target) − softmax) / temperature.
+    d logits = g · (one_hot(target) − softmax) / temperature, formed in place chunk by chunk; where the weight is trained,
+    the backward pass recomputes the logits for it.
     """
     return _TokenLogprobs.apply(states_NH, weight_VH, bias_V, targets_N, temperature)  # type: ignore[return-value]
 
@@ -47,33 +47,44 @@ def token_statistics(
 
 
 class _TokenLogprobs(torch.autograd.Function):
+    """With a frozen unembedding the forward pass, which has the logits at hand, also forms the gradient in the states.
+
+    That gradient is known up to a factor per token, so one product with the vocabulary replaces two.
+    """
+
     @staticmethod
     def forward(
         ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float
     ) -> Tensor:
+        wants_states, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        at_once = wants_states and not (wants_weight or wants_bias)
         normaliser = torch.empty(len(targets), dtype=torch.float32, device=states.device)
         logprobs = torch.empty_like(normaliser)
+        d_states = torch.empty_like(states) if at_once else None
         for rows in _chunks(len(targets), weight.shape[0]):
             logits = _logits(states[rows], weight, bias, temperature)
             normaliser[rows] = logits.logsumexp(-1)
             logprobs[rows] = logits.gather(1, targets[rows, None])[:, 0] - normaliser[rows]
-        ctx.save_for_backward(states, weight, bias, targets, normaliser)
-        ctx.temperature = temperature
+            if d_states is not None:
+                ones = torch.ones_like(normaliser[rows, None])
+                d_states[rows] = _d_logits(logits, normaliser[rows], targets[rows], ones).to(weight.dtype) @ weight
+        ctx.temperature, ctx.d_states = temperature, d_states
+        ctx.save_for_backward(*(() if at_once else (states, weight, bias, targets, normaliser)))
         return logprobs
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = gradients
+        gradient = gradients[0] / ctx.temperature
+        if ctx.d_states is not None:
+            return (ctx.d_states * gradient[:, None]).to(ctx.d_states.dtype), None, None, None, None
         states, weight, bias, targets, normaliser = ctx.saved_tensors
         wants_states, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         d_states = torch.empty_like(states) if wants_states else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias else None
         for rows in _chunks(len(targets), weight.shape[0]):
-            g = gradient[rows, None] / ctx.temperature
-            d_logits = _logits(states[rows], weight, bias, ctx.temperature)
-            d_logits.sub_(normaliser[rows, None]).exp_().mul_(-g)
-            d_logits.scatter_add_(1, targets[rows, None], g)
+            logits = _logits(states[rows], weight, bias, ctx.temperature)
+            d_logits = _d_logits(logits, normaliser[rows], targets[rows], gradient[rows, None])
             if d_bias is not None:
                 d_bias += d_logits.sum(0)
             d_logits = d_logits.to(weight.dtype)
@@ -88,6 +99,12 @@ class _TokenLogprobs(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _d_logits(logits_NV: Tensor, normaliser_N: Tensor, targets_N: Tensor, factor_N1: Tensor) -> Tensor:
+    """factor · (one_hot(target) − softmax), formed in the memory of the logits."""
+    d_logits = logits_NV.sub_(normaliser_N[:, None]).exp_().mul_(-factor_N1)
+    return d_logits.scatter_add_(1, targets_N[:, None], factor_N1)
 
 
 def _logits(states: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:

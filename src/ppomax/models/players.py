@@ -6,7 +6,7 @@ Every player computes float32 results from response positions only; no [B, T, V]
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ppomax.data.batches import prompt_batches, token_budget_batches
+from ppomax.models.attention import packed_states, packing_is_exact
 from ppomax.models.layers import lower_view, split_is_exact, upper_view
 from ppomax.models.load import scalar_head
 from ppomax.models.logprobs import token_logprobs, token_statistics
@@ -50,6 +52,7 @@ class Player(nn.Module):
                 raise SetupError(f"train_layers: found {train_layers}, expected 1 to {count} (the model's layers)")
             if not split_is_exact(self.base, count - train_layers):
                 raise SetupError(f"train_layers: {type(model).__name__} cannot be split into layers; leave it None")
+        self.packs = packing_is_exact(self.base)
         if trained:
             self._unfreeze()
         if checkpointing and trained:
@@ -68,16 +71,32 @@ class Player(nn.Module):
         """States [B, T, H] above the frozen lower layers, without gradient."""
         assert self.train_layers is not None
         with torch.no_grad():
-            lower = lower_view(self.base, len(self.base.layers) - self.train_layers)
-            return lower(input_ids=batch.ids_BT, use_cache=False).last_hidden_state
+            return self._states(lower_view(self.base, len(self.base.layers) - self.train_layers), batch, None)
 
     def hidden(self, batch: TokenBatch) -> Tensor:
-        """Last hidden states [B, T, H], after the final norm."""
+        """Last hidden states [B, T, H], after the final norm; those of padding are not to be looked at."""
         if self.train_layers is None:
-            return self.base(input_ids=batch.ids_BT, use_cache=False).last_hidden_state
+            return self._states(self.base, batch, None)
         trunk = batch.trunk_BTH if batch.trunk_BTH is not None else self.trunk(batch)
-        upper = upper_view(self.base, len(self.base.layers) - self.train_layers)
-        return upper(inputs_embeds=trunk, use_cache=False).last_hidden_state
+        return self._states(upper_view(self.base, len(self.base.layers) - self.train_layers), batch, trunk)
+
+    def _states(self, stack: Any, batch: TokenBatch, below_BTH: Tensor | None) -> Tensor:
+        """States [B, T, H] above a stack of layers that reads the ids or, if they are given, the states below it."""
+        name, x = ("input_ids", batch.ids_BT) if below_BTH is None else ("inputs_embeds", below_BTH)
+        if not self.packs:
+            return stack(**{name: x}, use_cache=False).last_hidden_state
+        packing = batch.packing
+        states_NH = packed_states(stack, packing, **{name: x.flatten(0, 1).index_select(0, packing.source_N)[None]})
+        return states_NH.index_select(0, packing.place_BT.flatten()).view(*packing.place_BT.shape, -1)
+
+    def microbatches(
+        self, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], *, budget: int
+    ) -> list[list[int]]:
+        """Row indices of microbatches with at most `budget` tokens of what this player computes, padding included."""
+        if self.packs:
+            return prompt_batches(prompts, responses, budget=budget)
+        lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
+        return token_budget_batches(lengths, budget=budget, max_rows=len(lengths))
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that the optimiser moves, by name in the Hugging Face model."""

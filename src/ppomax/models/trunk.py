@@ -6,28 +6,29 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ppomax.data.batches import token_budget_batches
 from ppomax.models.players import Player
 from ppomax.types import TokenBatch, token_batch
 
 LARGEST_BYTES = 2 * 2**30
 
 
-def trunk_states(player: Player, rows: Sequence[Sequence[int]], *, budget: int) -> list[Tensor] | None:
-    """States [T, H] of every row (token ids), or None where nothing is frozen or they would take over 2 GiB.
+def trunk_states(
+    player: Player, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], *, budget: int
+) -> list[Tensor] | None:
+    """States [T, H] of every row (prompt + response ids), or None: nothing is frozen, or they would take over 2 GiB.
 
     The microbatches depend on the rows alone, so that a resumed run sees the same numbers bit for bit.
     """
     weight = player.base.get_input_embeddings().weight
     if player.train_layers is None:
         return None
-    if sum(map(len, rows)) * weight.shape[1] * weight.element_size() > LARGEST_BYTES:
+    if sum(map(len, (*prompts, *responses))) * weight.shape[1] * weight.element_size() > LARGEST_BYTES:
         return None
-    states: list[Tensor] = [weight.new_zeros(0)] * len(rows)
-    for group in token_budget_batches([len(row) for row in rows], budget=budget, max_rows=len(rows)):
-        batch = token_batch([rows[i][:1] for i in group], [rows[i][1:] for i in group], device=str(weight.device))
+    states: list[Tensor] = [weight.new_zeros(0)] * len(prompts)
+    for group in player.microbatches(prompts, responses, budget=budget):
+        batch = token_batch([prompts[i] for i in group], [responses[i] for i in group], device=str(weight.device))
         for i, state in zip(group, player.trunk(batch), strict=True):
-            states[i] = state[: len(rows[i])].clone()
+            states[i] = state[: len(prompts[i]) + len(responses[i])].clone()
     return states
 
 

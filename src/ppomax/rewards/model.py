@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from ppomax.data.batches import token_budget_batches
 from ppomax.data.chat import fit_prompt, render_prompt, render_response
 from ppomax.models.players import Scalar, at_end
 from ppomax.types import Message, TokenBatch, token_batch
@@ -43,9 +42,9 @@ class RewardModel:
 
     def score_rows(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[float]:
         """Scores of (prompt ids, response ids), in token-budget microbatches."""
-        lengths = [len(p) + len(r) for p, r in rows]
         scores = [0.0] * len(rows)
-        for members in token_budget_batches(lengths, budget=self.tokens_per_microbatch, max_rows=len(rows)):
+        prompts, responses = [row[0] for row in rows], [row[1] for row in rows]
+        for members in self.scalar.microbatches(prompts, responses, budget=self.tokens_per_microbatch):
             device = str(next(self.scalar.parameters()).device)
             batch = token_batch([rows[i][0] for i in members], [rows[i][1] for i in members], device=device)
             for i, score in zip(members, self.score_ids(batch).tolist(), strict=True):

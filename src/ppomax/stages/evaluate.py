@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from ppomax.config import EvaluateConfig
-from ppomax.data.batches import token_budget_batches
 from ppomax.engine.durable import write_json_atomic, write_text_atomic
 from ppomax.engine.rundir import Run
 from ppomax.models.load import load_causal_lm, load_tokenizer, same_vocabulary
@@ -42,7 +41,6 @@ class Answers:
 
     rollout: Rollout
     texts: list[str]
-    perplexity: float
 
     @property
     def prompts(self) -> list[str]:
@@ -136,17 +134,15 @@ def _answer(
         distribution=Distribution(sampling.temperature, sampling.top_p, sampling.top_k, sampling.repetition_penalty),
         progress=advance,
     )  # fmt: skip
-    plain_nll, _ = _read(policy, None, rollout, config)
-    return Answers(rollout, response_texts(tokenizer, rollout), math.exp(plain_nll))
+    return Answers(rollout, response_texts(tokenizer, rollout))
 
 
 @torch.no_grad()
 def _read(policy: Policy, reference: Policy | None, rollout: Rollout, config: EvaluateConfig) -> tuple[float, float]:
     """Mean NLL per response token at temperature 1, and KL to `reference` per sequence (k1, sampling temperature)."""
     responses = rollout.responses()
-    lengths = [len(p) + len(r) for p, r in zip(rollout.prompt_ids, responses, strict=True)]
     nll = kl = 0.0
-    for rows in token_budget_batches(lengths, budget=config.compute.tokens_per_microbatch, max_rows=len(rollout)):
+    for rows in policy.microbatches(rollout.prompt_ids, responses, budget=config.compute.tokens_per_microbatch):
         device = str(next(policy.parameters()).device)
         batch = token_batch([rollout.prompt_ids[i] for i in rows], [responses[i] for i in rows], device=device)
         scores = policy(batch, temperature=config.sampling.temperature, statistics=True)
@@ -159,7 +155,7 @@ def _read(policy: Policy, reference: Policy | None, rollout: Rollout, config: Ev
 
 
 def _take(answers: Answers, rows: list[int]) -> Answers:
-    return Answers(answers.rollout.take(rows), [answers.texts[i] for i in rows], answers.perplexity)
+    return Answers(answers.rollout.take(rows), [answers.texts[i] for i in rows])
 
 
 def _report(
@@ -167,12 +163,15 @@ def _report(
 ) -> dict[str, Any]:
     groups = [prompt.key for prompt in after.rollout.prompts]
     sources = [prompt.source for prompt in after.rollout.prompts]
-    _, kl = _read(systems.policy, systems.baseline, after.rollout, config)
+    nll_before, _ = _read(systems.baseline, None, before.rollout, config)
+    nll_after, kl = _read(systems.policy, systems.baseline, after.rollout, config)
     summary: dict[str, Any] = {
         "prompts": len(set(groups)),
         "samples_per_prompt": config.samples_per_prompt,
         "kl_per_sequence": kl,
         "kl_per_token": kl * len(after.rollout) / int(after.rollout.length_B.sum()),
+        "perplexity_before": math.exp(nll_before),
+        "perplexity_after": math.exp(nll_after),
         **_texts(before, "before"),
         **_texts(after, "after"),
     }
@@ -241,7 +240,6 @@ def _texts(answers: Answers, when: str) -> dict[str, float]:
     return {
         f"length_{when}": float(answers.rollout.length_B.float().mean()),
         f"truncated_{when}": float(answers.rollout.truncated_B.float().mean()),
-        f"perplexity_{when}": answers.perplexity,
         f"distinct2_{when}": health["distinct_2"],
         f"topic_{when}": health["on_topic_share"],
         f"opening_{when}": top_opening_share(answers.texts)[1],

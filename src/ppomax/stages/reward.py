@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ppomax.config import RewardConfig
-from ppomax.data.batches import balanced_batches, token_budget_batches
+from ppomax.data.batches import balanced_batches, prompt_batches, token_budget_batches
 from ppomax.data.readers import read_pairs
 from ppomax.data.split import split_by_key
 from ppomax.engine.optimiser import Optimiser, learning_rate
@@ -158,7 +158,7 @@ def _step(
     lm_tokens = sum(len(row.responses[i]) for row in batch for i in row.best)
     pairs = sum(len(row.pairs) for row in batch)
     totals = {"ranking_loss": 0.0, "lm_loss": 0.0, "accuracy": 0.0}
-    for members in _groups(batch, config.compute.tokens_per_microbatch):
+    for members in _groups(model, batch, config.compute.tokens_per_microbatch):
         rows = [batch[i] for i in members]
         chosen_B, rejected_B, lm = score_pairs(
             model, rows, _picked(states, members), with_lm=config.lm_weight is not None
@@ -209,7 +209,7 @@ def score_margins(
 ) -> list[list[float]]:
     """score(chosen) − score(rejected) of every pair, per prompt in the given order."""
     margins: list[list[float]] = [[] for _ in rows]
-    for members in _groups(rows, budget):
+    for members in _groups(model, rows, budget):
         chosen_B, rejected_B, _ = score_pairs(
             model, [rows[i] for i in members], _picked(states, members), with_lm=False
         )
@@ -224,15 +224,18 @@ def accuracy(margins: Sequence[float]) -> float:
     return sum((m > 0) + 0.5 * (m == 0) for m in margins) / len(margins)
 
 
-def _groups(rows: Sequence[RankedTokens], budget: int) -> list[list[int]]:
-    # All responses of a prompt stand in one forward pass, at the width of the longest.
+def _groups(model: Scalar, rows: Sequence[RankedTokens], budget: int) -> list[list[int]]:
+    # All responses of a prompt stand in one forward pass; unpacked, at the width of the longest.
+    if model.packs:
+        return prompt_batches([row.prompt for row in rows], [sum(row.responses, ()) for row in rows], budget=budget)
     widths = [len(row.responses) * (len(row.prompt) + max(map(len, row.responses))) for row in rows]
     return token_budget_batches(widths, budget=budget, max_rows=len(rows))
 
 
 def _states(model: Scalar, rows: Sequence[RankedTokens], budget: int) -> list[list[Tensor]] | None:
     """States of the frozen layers for every response of every row, where there are frozen layers."""
-    flat = trunk_states(model, [row.prompt + response for row in rows for response in row.responses], budget=budget)
+    prompts = [row.prompt for row in rows for _ in row.responses]
+    flat = trunk_states(model, prompts, [response for row in rows for response in row.responses], budget=budget)
     if flat is None:
         return None
     states = iter(flat)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ppomax.data.batches import epoch_order, token_budget_batches
+from ppomax.data.batches import epoch_order
 from ppomax.models.players import at_end, at_responses
 from ppomax.rewards.mixture import score_texts, weighted_sum
 from ppomax.rewards.model import RewardModel
@@ -38,14 +38,22 @@ class TokenStatistics:
 def plan_minibatches(
     rollout: Rollout, players: Players, *, minibatch: int, budget: int, seed: int, iteration: int
 ) -> list[list[Microbatch]]:
-    """Seeded random minibatches of `minibatch` rows, each cut into microbatches of at most `budget` padded tokens."""
-    order = epoch_order(len(rollout), seed=seed, epoch=iteration)
+    """Seeded random minibatches of `minibatch` rows, each cut into microbatches of at most `budget` tokens.
+
+    Samples of one prompt stand together, so that a packed pass reads their prompt once.
+    """
+    rows_of: dict[tuple[int, ...], list[int]] = {}
+    for i, prompt in enumerate(rollout.prompt_ids):
+        rows_of.setdefault(prompt, []).append(i)
+    of_prompts = list(rows_of.values())
+    order = [i for g in epoch_order(len(of_prompts), seed=seed, epoch=iteration) for i in of_prompts[g]]
     responses = rollout.responses()
-    lengths = [len(p) + len(r) for p, r in zip(rollout.prompt_ids, responses, strict=True)]
     plan = []
     for start in range(0, len(order), minibatch):
         members = order[start : start + minibatch]
-        groups = token_budget_batches([lengths[i] for i in members], budget=budget, max_rows=len(members))
+        groups = players.policy.microbatches(
+            [rollout.prompt_ids[i] for i in members], [responses[i] for i in members], budget=budget
+        )
         rows = [tuple(members[i] for i in group) for group in groups]
         plan.append([Microbatch(r, _batch(rollout, responses, r, players)) for r in rows])
     return plan

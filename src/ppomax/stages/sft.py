@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ppomax.config import SFTConfig
-from ppomax.data.batches import epoch_order, token_budget_batches
+from ppomax.data.batches import epoch_order
 from ppomax.data.readers import read_dialogues
 from ppomax.data.split import split_by_key
 from ppomax.engine.optimiser import Optimiser, learning_rate
@@ -66,7 +66,7 @@ def _train(run: Session, config: SFTConfig) -> dict[str, Any]:
         start = int(restored[1]["step"]) + 1
     budget = config.compute.tokens_per_microbatch
     repeated = steps > per_epoch  # states that are read once are not worth keeping
-    states = trunk_states(policy, [row.ids for row in rows], budget=budget) if repeated else None
+    states = trunk_states(policy, *_split(rows), budget=budget) if repeated else None
     with progress("sft", steps, done=start) as advance:
         for step in range(start, steps):
             epoch, within = divmod(step, per_epoch)
@@ -101,7 +101,7 @@ def _step(
 ) -> dict[str, float]:
     denom = sum(sum(row.mask[1:]) for row in batch)
     total = 0.0
-    for group in token_budget_batches([len(row.ids) for row in batch], budget=budget, max_rows=len(batch)):
+    for group in policy.microbatches(*_split(batch), budget=budget):
         tokens, mask_BT = packed([batch[i] for i in group], device=str(next(policy.parameters()).device))
         tokens = with_states(tokens, None if states is None else [states[i] for i in group])
         loss = nll_loss(policy(tokens, mask_BT=mask_BT).logprobs_BT, mask_BT, denom=denom)
@@ -114,21 +114,25 @@ def _step(
 def mean_nll(policy: Policy, rows: Sequence[Tokens], budget: int) -> float:
     """Mean negative log-likelihood per counted token, nats."""
     total, denom = 0.0, sum(sum(row.mask[1:]) for row in rows)
-    for group in microbatches(rows, budget):
+    for group in microbatches(policy, rows, budget):
         tokens, mask_BT = packed(group, device=str(next(policy.parameters()).device))
         total += float(nll_loss(policy(tokens, mask_BT=mask_BT).logprobs_BT, mask_BT, denom=denom))
     return total
 
 
-def microbatches(rows: Sequence[Tokens], budget: int) -> list[list[Tokens]]:
+def microbatches(policy: Policy, rows: Sequence[Tokens], budget: int) -> list[list[Tokens]]:
     """Rows of similar length under a token budget."""
-    groups = token_budget_batches([len(row.ids) for row in rows], budget=budget, max_rows=len(rows))
-    return [[rows[i] for i in group] for group in groups]
+    return [[rows[i] for i in group] for group in policy.microbatches(*_split(rows), budget=budget)]
+
+
+def _split(rows: Sequence[Tokens]) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """First tokens and the rest: what a batch takes for prompts and responses, since a first token never counts."""
+    return [row.ids[:1] for row in rows], [row.ids[1:] for row in rows]
 
 
 def packed(rows: Sequence[Tokens], device: str) -> tuple[TokenBatch, torch.Tensor]:
     """Right-padded ids and their loss mask [B, T]; the first token never counts."""
-    batch = token_batch([row.ids[:1] for row in rows], [row.ids[1:] for row in rows], device=device)
+    batch = token_batch(*_split(rows), device=device)
     mask_BT = torch.zeros(batch.ids_BT.shape, dtype=torch.bool)
     for i, row in enumerate(rows):
         mask_BT[i, 1 : len(row.mask)] = torch.tensor(row.mask[1:])

@@ -141,7 +141,7 @@ def _backward_ptx(players: Players, ptx: Sequence[Tokens], step: int, config: PP
         chosen.append(ptx[epoch_order(len(ptx), seed=config.seed + 1, epoch=epoch)[within]])
     denom = float(sum(sum(row.mask[1:]) for row in chosen))
     assert config.ptx_weight is not None
-    for group in microbatches(chosen, config.compute.tokens_per_microbatch):
+    for group in microbatches(players.policy, chosen, config.compute.tokens_per_microbatch):
         tokens, mask_BT = packed(group, device=str(players.compute.device))
         loss = nll_loss(players.policy(tokens, mask_BT=mask_BT).logprobs_BT, mask_BT, denom=denom)
         (config.ptx_weight * loss).backward()
