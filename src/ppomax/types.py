@@ -47,13 +47,17 @@ class Dialogue:
 
 @dataclass(frozen=True)
 class Pair:
-    """A preference: `chosen` is better than `rejected` as the next assistant turn after `prompt`."""
+    """A preference: `chosen` is better than `rejected` as the next assistant turn after `prompt`.
+
+    gap: how much better, where the row says so (`score_chosen` − `score_rejected`).
+    """
 
     prompt: tuple[Message, ...]
     chosen: str
     rejected: str
     key: str
     source: str = "default"
+    gap: float | None = None
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,8 @@ class ScoredRollouts:
     old_logprobs_BR, reference_logprobs_BR: float32, of the sampled tokens under the policy at sampling time (as the
     trainer re-scores it) and under the frozen reference. values_BR: float32, V(s_r) before response token r.
     score_B: float32 weighted sum of `components` (each [B], by name). dense_BR: per-token reward or None.
-    bootstrap_B: V of the cut state for truncated rows that are bootstrapped, else 0.
+    bootstrap_B: V of the cut state for truncated rows that are bootstrapped, else 0. full_kl_BR: the exact KL(policy ‖
+    reference) at each state, where it was asked for.
     """
 
     rollout: Rollout
@@ -123,6 +128,7 @@ class ScoredRollouts:
     components: Mapping[str, Tensor]
     bootstrap_B: Tensor
     dense_BR: Tensor | None = None
+    full_kl_BR: Tensor | None = None
 
     def __post_init__(self) -> None:
         B, R = self.rollout.response_ids_BR.shape
@@ -132,24 +138,31 @@ class ScoredRollouts:
             _expect(getattr(self, name), name, (B,))
         for name, value in self.components.items():
             _expect(value, f"components[{name}]", (B,))
-        if self.dense_BR is not None:
-            _expect(self.dense_BR, "dense_BR", (B, R))
+        for name in ("dense_BR", "full_kl_BR"):
+            if getattr(self, name) is not None:
+                _expect(getattr(self, name), name, (B, R))
 
 
 @dataclass(frozen=True)
 class Experience:
-    """What one minibatch of the update reads: rollouts with advantages and returns, [B, R] float32."""
+    """What one minibatch of the update reads: rollouts with advantages and returns, [B, R] float32.
+
+    reference_logprobs_BR: for objectives that look at the reference. weights_BR: truncated importance weights, or None.
+    """
 
     rollout: Rollout
     old_logprobs_BR: Tensor
     old_values_BR: Tensor
     advantages_BR: Tensor
     returns_BR: Tensor
+    reference_logprobs_BR: Tensor
+    weights_BR: Tensor | None = None
 
     def __post_init__(self) -> None:
         shape = tuple(self.rollout.response_ids_BR.shape)
-        for name in ("old_logprobs_BR", "old_values_BR", "advantages_BR", "returns_BR"):
-            _expect(getattr(self, name), name, shape)
+        for f in fields(self):
+            if f.name != "rollout" and getattr(self, f.name) is not None:
+                _expect(getattr(self, f.name), f.name, shape)
 
     def __len__(self) -> int:
         return len(self.rollout)
@@ -157,6 +170,19 @@ class Experience:
     def take(self, rows: Sequence[int]) -> Experience:
         """The experience of a subset of rows, in the given order."""
         return _take(self, rows)
+
+    def cut(self, width: int, device: str) -> Experience:
+        """The first `width` columns, on the device of the models; the rollout stays where it is."""
+        rollout = replace(
+            self.rollout, response_ids_BR=self.rollout.response_ids_BR[:, :width],
+            behaviour_logprobs_BR=self.rollout.behaviour_logprobs_BR[:, :width],
+        )  # fmt: skip
+        moved = {
+            f.name: getattr(self, f.name)[:, :width].to(device)
+            for f in fields(self)
+            if isinstance(getattr(self, f.name), Tensor)
+        }
+        return replace(self, rollout=rollout, **moved)
 
 
 @dataclass(frozen=True)
@@ -205,8 +231,8 @@ class Packing:
 
     source_N: position in the flattened [B·T] batch; position_N: in its own sequence. place_BT: packed index of every
     (b, t), 0 for padding. Attention works on padded blocks: prompt_GP and response_BR are packed indices (padding: 0),
-    prompt_B is the prompt of each response, block_N is where token n stands in [G·P | B·R], visible_BRS (bool, S = P + R)
-    is what a response token may see: its own prompt, itself, and the response before it.
+    prompt_B is the prompt of each response, block_N is where token n stands in [G·P | B·R], visible_BRS (bool,
+    S = P + R) is what a response token may see: its own prompt, itself, and the response before it.
     """
 
     source_N: Tensor
@@ -232,18 +258,23 @@ class Packing:
         for g, b in enumerate(first):
             for t in range(prompt_lengths[b]):
                 prompt_GP[g][t] = len(source)
-                source.append(b * T + t), position.append(t), block.append(g * P + t)
+                source.append(b * T + t)
+                position.append(t)
+                block.append(g * P + t)
         for b, (p, n) in enumerate(zip(prompt_lengths, lengths, strict=True)):
             place_BT[b][:p] = prompt_GP[prompt_of[b]][:p]
             for t in range(p, n):
                 place_BT[b][t] = response_BR[b][t - p] = len(source)
-                source.append(b * T + t), position.append(t), block.append(len(first) * P + b * R + t - p)
+                source.append(b * T + t)
+                position.append(t)
+                block.append(len(first) * P + b * R + t - p)
         s, r = torch.arange(P + R), torch.arange(R)
         own = (s[None, :] >= P) & (s[None, :] - P <= r[:, None])
         visible_BRS = (s < torch.tensor(prompt_lengths)[:, None])[:, None, :] & (s < P) | own
         device = batch.ids_BT.device
         parts = (source, position, place_BT, prompt_GP, response_BR, prompt_of, block)
-        return cls(*(torch.tensor(part, device=device) for part in parts), visible_BRS.to(device))
+        indices = [torch.tensor(part, device=device) for part in parts]
+        return cls(*indices, visible_BRS=visible_BRS.to(device))
 
 
 def token_batch(
@@ -276,7 +307,7 @@ def _take(value: Any, rows: Sequence[int]) -> Any:
             taken[f.name] = item[index]
         elif isinstance(item, tuple):
             taken[f.name] = tuple(item[i] for i in rows)
-        else:
+        elif item is not None:
             taken[f.name] = item.take(rows)
     return replace(value, **taken)
 

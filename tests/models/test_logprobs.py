@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ppomax.models import logprobs as module
-from ppomax.models.logprobs import token_logprobs, token_statistics
+from ppomax.models.logprobs import Unembedded, token_entropy, token_kl, token_logprobs, token_statistics
 
 N, H, V = 23, 16, 41
 ROW_BYTES = 4 * V
@@ -154,3 +154,41 @@ def test_very_peaked_logits_stay_finite() -> None:
     for column in (logprobs, entropy, plain):
         assert bool(torch.isfinite(column).all())
     assert float(entropy.min()) >= 0
+
+
+@pytest.mark.parametrize("trained", ["states", "everything"])
+@pytest.mark.parametrize("rows_at_once", [5, 1000])
+@pytest.mark.parametrize("what", ["logprobs", "entropy", "kl"])
+def test_values_and_gradients_are_those_of_autograd_with_a_frozen_and_with_a_trained_unembedding(
+    monkeypatch: pytest.MonkeyPatch, what: str, rows_at_once: int, trained: str
+) -> None:
+    monkeypatch.setattr(module, "CHUNK_BYTES", rows_at_once * ROW_BYTES)
+    states, weight, bias, targets, above = problem()
+    other = Unembedded(states.flip(0).requires_grad_(), weight.flip(1), bias)
+    ours, theirs = ([x.clone().requires_grad_(trained == "everything") for x in (states, weight, bias)] for _ in "ab")
+    ours[0].requires_grad_()
+    theirs[0].requires_grad_()
+    log_p = full(theirs[0], theirs[1], theirs[2], 0.6)
+    if what == "logprobs":
+        found, expected = token_logprobs(*ours, targets, temperature=0.6), log_p[range(N), targets]
+    elif what == "entropy":
+        found, expected = token_entropy(*ours, temperature=0.6), -(log_p.exp() * log_p).sum(-1)
+    else:
+        log_q = full(other.states_NH, other.weight_VH, other.bias_V, 0.6).detach()
+        found, expected = token_kl(Unembedded(*ours), other, temperature=0.6), (log_p.exp() * (log_p - log_q)).sum(-1)
+    torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=TOLERANCE)
+    (found * above).sum().backward()
+    (expected * above).sum().backward()
+    assert other.states_NH.grad is None
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a.grad is None) == (b.grad is None)
+        if a.grad is not None:
+            torch.testing.assert_close(a.grad, b.grad, atol=1e-5 * max(1.0, float(b.grad.abs().max())), rtol=0)
+
+
+def test_the_kl_to_itself_is_zero_and_has_no_gradient() -> None:
+    states, weight, bias, _, _ = problem()
+    states.requires_grad_()
+    found = token_kl(Unembedded(states, weight, bias), Unembedded(states.detach(), weight, bias))
+    found.sum().backward()
+    assert float(found.detach().abs().max()) == 0.0 and float(states.grad.abs().max()) == 0.0

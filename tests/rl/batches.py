@@ -66,6 +66,27 @@ def assert_only_counted_tokens_matter(
         assert_close(after.flip(0), before)
 
 
+def assert_microbatches_add_up(loss: Callable[[list[Tensor], Tensor], Tensor], columns: Sequence[Rows]) -> None:
+    """The loss of the batch, and its gradient, is the sum over its rows taken one by one."""
+    tensors, mask = [pad(rows).requires_grad_() for rows in columns], mask_of(columns[0])
+    whole = loss(tensors, mask)
+    parts = sum(
+        (loss([t[i : i + 1] for t in tensors], mask[i : i + 1]) for i in range(len(mask))), torch.zeros_like(whole)
+    )
+    assert_close(parts, whole)
+    gradients = [torch.autograd.grad(value, tensors[0])[0] for value in (whole, parts)]
+    assert_close(gradients[1], gradients[0])
+
+
+def assert_dummy_row_is_free(loss: Callable[[list[Tensor], Tensor], Tensor], inputs: int) -> None:
+    """A row in which nothing counts has loss 0 and gradient 0: ranks with fewer microbatches run on such rows."""
+    tensors = [torch.full((1, 2), NAN, requires_grad=True) for _ in range(inputs)]
+    value = loss(tensors, torch.zeros(1, 2, dtype=torch.bool))
+    value.backward()
+    assert value == 0
+    assert torch.equal(torch.as_tensor(tensors[0].grad), torch.zeros(1, 2))
+
+
 def assert_rows_are_independent(function: Callable[[list[Tensor], Tensor], Tensor], columns: Sequence[Rows]) -> None:
     """A [B, R] result has the same bits whatever the padding, its filling, the row order and the neighbours."""
     width = max(len(row) for row in columns[0])

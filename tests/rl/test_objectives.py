@@ -21,6 +21,8 @@ from . import oracle
 from .batches import (
     NAN,
     assert_close,
+    assert_dummy_row_is_free,
+    assert_microbatches_add_up,
     assert_only_counted_tokens_matter,
     assert_refused,
     mask_of,
@@ -84,6 +86,56 @@ def test_a_huge_clip_is_the_plain_ratio(columns):
         assert_close(loss, -((new - old).exp() * advantages).sum())
 
 
+def test_dual_clip_by_hand():
+    # A < 0: ratio 1.5 is within c = 3, ratio 5 is not: max(5 * -2, 3 * -2) = -6, without gradient.
+    # A > 0: no dual clip; min(5 * 2, 1.2 * 2) = 2.4 is the ordinary one.
+    old = torch.zeros(1, 3)
+    new = torch.tensor([[1.5, 5.0, 5.0]]).log().requires_grad_()
+    advantages, mask = torch.tensor([[-1.0, -2.0, 2.0]]), torch.ones(1, 3, dtype=torch.bool)
+    loss = clipped_policy_loss(new, old, advantages, mask, clip_ratio=0.2, denom=10, dual_clip=3.0)
+    assert_close(loss, -(-1.5 - 6.0 + 2.4) / 10)
+    loss.backward()
+    assert_close(new.grad, [[1.5 / 10, 0.0, 0.0]])
+
+
+@given(ragged(3), clip)
+def test_an_infinite_dual_clip_is_the_plain_clip(columns, epsilon):
+    tensors, mask = [pad(c).requires_grad_() for c in columns], mask_of(columns[0])
+    plain = clipped_policy_loss(*tensors, mask, clip_ratio=epsilon, denom=3)
+    # e^4, the largest ratio here, is below 100.
+    for beyond in (100.0, math.inf):
+        dual = clipped_policy_loss(*tensors, mask, clip_ratio=epsilon, denom=3, dual_clip=beyond)
+        assert torch.equal(dual, plain)
+        assert torch.equal(*(torch.autograd.grad(x, tensors[0], retain_graph=True)[0] for x in (dual, plain)))
+
+
+@given(ragged(3), clip, st.floats(1.01, 5.0))
+def test_the_dual_clip_agrees_with_a_scalar_loop(columns, epsilon, c):
+    expected = 0.0
+    for new, old, advantage in zip(*map(flat, columns), strict=True):
+        ratio = math.exp(new - old)
+        surrogate = min(ratio * advantage, min(max(ratio, 1 - epsilon), 1 + epsilon) * advantage)
+        expected -= max(surrogate, c * advantage) if advantage < 0 else surrogate
+    tensors = [pad(rows) for rows in columns]
+    loss = clipped_policy_loss(*tensors, mask_of(columns[0]), clip_ratio=epsilon, denom=1, dual_clip=c)
+    assert_close(loss, expected)
+
+
+def test_weights_multiply_each_token():
+    # The terms of test_policy_loss_by_hand, weighted 0.5, 2 and 0.
+    weights = torch.tensor([[0.5, 2.0], [0.0, NAN]])
+    loss = clipped_policy_loss(NEW, OLD, ADVANTAGES, MASK, clip_ratio=0.2, denom=10, weights=weights)
+    assert_close(loss, -(0.5 * 2.4 + 2.0 * 1.5 + 0.0) / 10)
+
+
+@given(ragged(3), clip)
+def test_weights_of_1_change_nothing(columns, epsilon):
+    tensors, mask = [pad(c) for c in columns], mask_of(columns[0])
+    plain = clipped_policy_loss(*tensors, mask, clip_ratio=epsilon, denom=3)
+    weighted = clipped_policy_loss(*tensors, mask, clip_ratio=epsilon, denom=3, weights=torch.ones_like(tensors[0]))
+    assert torch.equal(weighted, plain)
+
+
 def test_value_loss_by_hand_has_no_half():
     values, old = torch.tensor([[3.0, 0.0], [1.0, NAN]]), torch.tensor([[1.0, 0.0], [1.1, NAN]])
     returns = torch.tensor([[1.5, 2.0], [1.0, NAN]])
@@ -122,12 +174,31 @@ def test_nll_and_entropy_by_hand():
     assert_close(entropy_bonus(-OLD, MASK, denom=7), (1.0 + 2.0 + 0.5) / 7)
 
 
+def test_trap_18_the_entropy_clip_can_bind():
+    # Rows sum to 3 and 0.5 nats: at delta 2 the first is cut off, and its gradient with it.
+    entropy = torch.tensor([[1.0, 2.0], [0.5, NAN]], requires_grad=True)
+    bonus = entropy_bonus(entropy, MASK, denom=10, clip=2.0)
+    assert_close(bonus, (2.0 + 0.5) / 10)
+    bonus.backward()
+    assert_close(entropy.grad, [[0.0, 0.0], [1 / 10, 0.0]])
+
+
+@given(ragged(1, 0.0, 5.0))
+def test_an_entropy_clip_beyond_every_response_is_no_clip(columns):
+    entropy, mask = pad(columns[0]), mask_of(columns[0])
+    for clip in (31.0, math.inf):
+        assert torch.equal(entropy_bonus(entropy, mask, denom=3, clip=clip), entropy_bonus(entropy, mask, denom=3))
+
+
 OBJECTIVES = {
     "policy": (3, lambda t, m: clipped_policy_loss(*t, m, clip_ratio=0.2, denom=4)),
     "value": (3, lambda t, m: value_loss(*t, m, value_clip=0.2, denom=4)),
     "value_plain": (3, lambda t, m: value_loss(*t, m, value_clip=None, denom=4)),
     "nll": (1, lambda t, m: nll_loss(t[0], m, denom=4)),
+    "policy_dual": (3, lambda t, m: clipped_policy_loss(*t, m, clip_ratio=0.2, denom=4, dual_clip=1.5)),
+    "policy_weighted": (4, lambda t, m: clipped_policy_loss(*t[:3], m, clip_ratio=0.2, denom=4, weights=t[3])),
     "entropy": (1, lambda t, m: entropy_bonus(t[0], m, denom=4)),
+    "entropy_clipped": (1, lambda t, m: entropy_bonus(t[0], m, denom=4, clip=0.7)),
 }
 
 
@@ -142,32 +213,21 @@ def test_traps_3_and_5_padding_changes_neither_loss_nor_gradient(name, data):
 @given(data=st.data())
 def test_trap_19_microbatches_add_up_to_the_minibatch(name, data):
     inputs, loss = OBJECTIVES[name]
-    columns = data.draw(ragged(inputs))
-    tensors, mask = [pad(c).requires_grad_() for c in columns], mask_of(columns[0])
-    whole = loss(tensors, mask)
-    parts = sum(loss([t[i : i + 1] for t in tensors], mask[i : i + 1]) for i in range(len(mask)))
-    assert_close(parts, whole.detach())
-    gradients = [torch.autograd.grad(value, tensors[0])[0] for value in (whole, parts)]
-    assert_close(gradients[1], gradients[0])
+    assert_microbatches_add_up(loss, data.draw(ragged(inputs)))
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_dummy_row_has_no_loss_and_no_gradient(name):
-    """Ranks with fewer microbatches run on rows in which nothing counts."""
     inputs, loss = OBJECTIVES[name]
-    tensors = [torch.full((1, 2), NAN, requires_grad=True) for _ in range(inputs)]
-    value = loss(tensors, torch.zeros(1, 2, dtype=torch.bool))
-    value.backward()
-    assert value == 0
-    assert torch.equal(tensors[0].grad, torch.zeros(1, 2))
+    assert_dummy_row_is_free(loss, inputs)
 
 
-@pytest.mark.parametrize("name", ["policy", "value"])
+@pytest.mark.parametrize("name", ["policy", "policy_weighted", "value"])
 def test_only_the_first_argument_is_differentiated(name):
     inputs, loss = OBJECTIVES[name]
     tensors = [torch.rand(2, 2, requires_grad=True) for _ in range(inputs)]
     loss(tensors, MASK).backward()
-    assert [t.grad is not None for t in tensors] == [True, False, False]
+    assert [t.grad is not None for t in tensors] == [True] + [False] * (inputs - 1)
 
 
 def test_trap_28_ratio_statistics_by_hand():
@@ -242,7 +302,13 @@ def test_wrong_numbers(bad):
     assert_refused("value_clip", value_loss, x, x, x, MASK, value_clip=bad, denom=1)
     assert_refused("denom", nll_loss, x, MASK, denom=bad)
     assert_refused("denom", entropy_bonus, x, MASK, denom=bad)
+    assert_refused("clip", entropy_bonus, x, MASK, denom=1, clip=bad)
+    assert_refused("dual_clip", clipped_policy_loss, x, x, x, MASK, clip_ratio=0.2, denom=1, dual_clip=bad)
     assert_refused("clip_ratio", ratio_statistics, x, x, MASK, clip_ratio=bad)
+
+
+def test_a_dual_clip_of_1_would_forget_the_ordinary_clip():
+    assert_refused("dual_clip", clipped_policy_loss, OLD, OLD, OLD, MASK, clip_ratio=0.2, denom=1, dual_clip=1.0)
 
 
 def test_wrong_shapes():
@@ -250,6 +316,7 @@ def test_wrong_shapes():
     assert_refused("logprobs", clipped_policy_loss, thin, x, x, MASK, clip_ratio=0.2, denom=1)
     assert_refused("old_logprobs", clipped_policy_loss, x, thin, x, MASK, clip_ratio=0.2, denom=1)
     assert_refused("advantages", clipped_policy_loss, x, x, thin, MASK, clip_ratio=0.2, denom=1)
+    assert_refused("weights", clipped_policy_loss, x, x, x, MASK, clip_ratio=0.2, denom=1, weights=thin)
     assert_refused("values", value_loss, thin, x, x, MASK, value_clip=None, denom=1)
     assert_refused("old_values", value_loss, x, thin, x, MASK, value_clip=None, denom=1)
     assert_refused("returns", value_loss, x, x, thin, MASK, value_clip=None, denom=1)

@@ -9,10 +9,33 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from ppomax.rl.shaping import Moments, missing_eos_penalty, normalise_and_clip, place_on_last_token, token_rewards
+from ppomax.rl.masked import masked_sum, whiten, zero_masked
+from ppomax.rl.shaping import (
+    Moments,
+    length_penalty,
+    missing_eos_penalty,
+    normalise_advantages,
+    normalise_and_clip,
+    normalise_by_source,
+    place_on_last_token,
+    rolling_returns,
+    scale_rewards,
+    token_rewards,
+    update_by_source,
+)
 
 from . import oracle
-from .batches import NAN, assert_close, assert_refused, assert_rows_are_independent, mask_of, pad, ragged
+from .batches import (
+    NAN,
+    assert_close,
+    assert_only_counted_tokens_matter,
+    assert_refused,
+    assert_rows_are_independent,
+    mask_of,
+    pad,
+    ragged,
+    unit,
+)
 
 MASK = torch.tensor([[True, True, True], [True, False, False]])
 OLD = torch.tensor([[-1.0, -2.0, -3.0], [-0.5, NAN, NAN]])
@@ -168,12 +191,179 @@ def test_trap_3_padding_order_and_neighbours_change_nothing(columns):
         return token_rewards(t[2][:, 0], t[0], t[1], mask, kl_coefficient=0.05, dense=t[2])
 
     assert_rows_are_independent(shaped, columns)
+    moments = Moments().update([1.0, 4.0])
+    assert_rows_are_independent(lambda t, mask: rolling_returns(t[0], mask, gamma=0.7), columns)
+    assert_rows_are_independent(lambda t, mask: scale_rewards(t[0], mask, moments), columns)
 
 
 def test_missing_eos_penalty_falls_on_truncated_responses_only():
     penalty_B = missing_eos_penalty(torch.tensor([True, False]), penalty=2)
     assert torch.equal(penalty_B, torch.tensor([-2.0, 0.0]))
     assert penalty_B.dtype == torch.float32
+
+
+def test_length_penalty_by_hand():
+    # Three tokens are free: 0, 0 and 2 above, at 0.5 each.
+    penalty_B = length_penalty(torch.tensor([0, 3, 5]), coefficient=0.5, free=3)
+    assert torch.equal(penalty_B, torch.tensor([0.0, 0.0, -1.0]))
+    assert penalty_B.dtype == torch.float32
+    assert torch.equal(length_penalty(torch.tensor([0, 3, 5]), coefficient=0.0, free=0), torch.zeros(3))
+
+
+@given(st.lists(st.integers(0, 4096), min_size=1), st.integers(0, 4096), st.sampled_from([0.0, 0.25, 2.0]))
+def test_length_penalty_agrees_with_a_scalar_loop(lengths, free, coefficient):
+    expected = [-coefficient * max(0, length - free) for length in lengths]
+    assert torch.equal(
+        length_penalty(torch.tensor(lengths), coefficient=coefficient, free=free), torch.tensor(expected)
+    )
+
+
+def test_rolling_returns_by_hand():
+    # gamma 0.5; the second row starts again from 0.
+    rewards = torch.tensor([[1.0, 2.0, -4.0], [8.0, NAN, NAN]])
+    expected = [[1.0, 0.5 * 1.0 + 2.0, 0.5 * 2.5 - 4.0], [8.0, 0.0, 0.0]]
+    assert_close(rolling_returns(rewards, MASK, gamma=0.5), expected)
+
+
+@given(ragged(1), unit)
+def test_rolling_returns_agree_with_a_scalar_loop(columns, gamma):
+    (rows,) = columns
+    expected = []
+    for row in rows:
+        rolling, sums = 0.0, []
+        for reward in row:
+            rolling = gamma * rolling + reward
+            sums.append(rolling)
+        expected.append(sums)
+    assert_close(rolling_returns(pad(rows), mask_of(rows), gamma=gamma), pad(expected, fill=0.0))
+
+
+@given(ragged(1))
+def test_rolling_returns_at_gamma_0_are_the_rewards_and_at_gamma_1_their_running_sum(columns):
+    rewards, mask = pad(columns[0]), mask_of(columns[0])
+    assert torch.equal(rolling_returns(rewards, mask, gamma=0.0), zero_masked(rewards, mask))
+    running = zero_masked(zero_masked(rewards, mask).cumsum(dim=1), mask)
+    assert_close(rolling_returns(rewards, mask, gamma=1.0), running)
+
+
+def test_scale_rewards_by_hand_subtracts_no_mean():
+    # History 1, 5: mean 3, std 2.
+    rewards = torch.tensor([[1.0, 0.0, -4.0], [3.0, NAN, NAN]])
+    assert_close(scale_rewards(rewards, MASK, Moments().update([1.0, 5.0])), [[0.5, 0.0, -2.0], [1.5, 0.0, 0.0]])
+
+
+@given(ragged(1), st.sampled_from([2.0**-10, 2.0**10]))
+def test_scaled_rewards_do_not_depend_on_the_rewards_unit(columns, scale):
+    rewards, mask = pad(columns[0]), mask_of(columns[0])
+
+    def scaled(r):
+        return scale_rewards(r, mask, Moments().update(rolling_returns(r, mask, gamma=0.9)[mask].tolist()))
+
+    assume(Moments().update(rolling_returns(rewards, mask, gamma=0.9)[mask].tolist()).varies)
+    assert_close(scaled(scale * rewards), scaled(rewards))
+
+
+@pytest.mark.parametrize("history", [[], [3.0], [0.1] * 3, [0.1, 0.1, math.nextafter(0.1, 1)], [0.0] * 4])
+def test_trap_16_without_variance_rewards_stay_as_they_are(history):
+    rewards = torch.tensor([[1.0, 0.0, -4.0], [3.0, NAN, NAN]])
+    assert torch.equal(scale_rewards(rewards, MASK, Moments().update(history)), zero_masked(rewards, MASK))
+
+
+def test_sources_by_hand():
+    old = {"easy": Moments().update([1.0]), "idle": Moments().update([9.0])}
+    moments = update_by_source(old, [3.0, 10.0, 14.0], ["easy", "hard", "hard"])
+    assert moments == {
+        "easy": Moments().update([1.0, 3.0]),
+        "idle": old["idle"],
+        "hard": Moments().update([10.0, 14.0]),
+    }
+    assert set(old) == {"easy", "idle"}, "the moments that came in stay as they were"
+    # easy: mean 2, std 1; hard: mean 12, std 2.
+    score_B = torch.tensor([3.0, 10.0, 20.0])
+    assert_close(normalise_by_source(score_B, ["easy", "hard", "hard"], moments, clip=None), [1.0, -1.0, 4.0])
+    assert_close(normalise_by_source(score_B, ["easy", "hard", "hard"], moments, clip=1.5), [1.0, -1.0, 1.5])
+
+
+sourced = st.lists(st.tuples(st.floats(-4, 4, width=32), st.sampled_from("abc")), min_size=1, max_size=8)
+
+
+@given(sourced, st.randoms(use_true_random=False))
+def test_sources_do_not_touch_each_other(batch, random):
+    values, sources = map(list, zip(*batch, strict=True))
+    score_B = torch.tensor(values, dtype=torch.float64)
+    moments = update_by_source({}, values, sources)
+    normal_B = normalise_by_source(score_B, sources, moments, clip=2.0)
+    for source in set(sources):
+        own = [i for i, name in enumerate(sources) if name == source]
+        alone = Moments().update([values[i] for i in own])
+        assert moments[source] == alone
+        assert torch.equal(normal_B[own], normalise_and_clip(score_B[own], alone, clip=2.0))
+    order = random.sample(range(len(values)), len(values))
+    shuffled = normalise_by_source(score_B[order], [sources[i] for i in order], moments, clip=2.0)
+    assert torch.equal(shuffled, normal_B[order])
+
+
+@given(scores, scores)
+def test_a_single_source_is_the_ordinary_history(first, second):
+    moments = Moments().update(first).update(second)
+    by_source = update_by_source(update_by_source({}, first, ["x"] * len(first)), second, ["x"] * len(second))
+    assert by_source == ({"x": moments} if first or second else {})
+    if second:
+        ordinary = normalise_and_clip(torch.tensor(second), moments, clip=3.0)
+        assert torch.equal(
+            normalise_by_source(torch.tensor(second), ["x"] * len(second), by_source, clip=3.0), ordinary
+        )
+
+
+def test_normalise_advantages_by_hand():
+    # Counted 1, 2, 6 and 3: mean 3, variance (4 + 1 + 9 + 0) / 4.
+    advantages = torch.tensor([[1.0, 2.0, 6.0], [3.0, NAN, NAN]])
+    s = math.sqrt(14 / 4)
+    plain = [[-2 / s, -1 / s, 3 / s], [0.0, 0.0, 0.0]]
+    assert_close(normalise_advantages(advantages, MASK, eps=1e-12), plain)
+    # 3 / s is 1.60, -2 / s is -1.07.
+    clipped = normalise_advantages(advantages, MASK, eps=1e-12, clip=1.0)
+    assert_close(clipped, [[-1.0, -1 / s, 1.0], [0.0, 0.0, 0.0]])
+
+
+@given(ragged(1))
+def test_without_a_clip_advantages_are_whitened(columns):
+    advantages, mask = pad(columns[0]), mask_of(columns[0])
+    for clip in (None, math.inf):
+        normal = normalise_advantages(advantages, mask, eps=1e-8, clip=clip)
+        assert torch.equal(normal, whiten(advantages, mask, eps=1e-8))
+
+
+@given(ragged(2))
+def test_trap_3_padding_and_order_do_not_change_normalised_advantages(columns):
+    def weighted(t, mask):
+        return masked_sum(normalise_advantages(t[0], mask, eps=0.1, clip=5.0) * zero_masked(t[1], mask), mask)
+
+    assert_only_counted_tokens_matter(weighted, columns)
+
+
+def test_trap_16_constant_advantages_are_neutral():
+    for constant in (0.0, 0.1, -1e4):
+        normal = normalise_advantages(torch.full((2, 3), constant), MASK, eps=1e-8, clip=1.0)
+        assert normal.abs().max() < 1.0 if constant else torch.equal(normal, torch.zeros(2, 3))
+
+
+def test_wrong_arguments_of_the_optional_tricks():
+    for bad in (-0.1, 1.1, NAN):
+        assert_refused("gamma", rolling_returns, OLD, MASK, gamma=bad)
+    assert_refused("rewards", rolling_returns, OLD[:, :2], MASK, gamma=1.0)
+    assert_refused("rewards", scale_rewards, OLD[:, :2], MASK, Moments())
+    assert_refused("mask", scale_rewards, OLD, MASK.int(), Moments())
+    assert_refused("coefficient", length_penalty, torch.tensor([1]), coefficient=-1.0, free=0)
+    assert_refused("free", length_penalty, torch.tensor([1]), coefficient=1.0, free=-1)
+    assert_refused("length_B", length_penalty, torch.tensor([[1]]), coefficient=1.0, free=1)
+    assert_refused("sources", update_by_source, {}, [1.0, 2.0], ["a"])
+    assert_refused(r"scores\[1\]", update_by_source, {}, [1.0, NAN], ["a", "b"])
+    assert_refused("sources", normalise_by_source, SCORES, ["a"], {"a": Moments()}, clip=1.0)
+    assert_refused("moments", normalise_by_source, SCORES, ["a", "b"], {"a": Moments()}, clip=1.0)
+    assert_refused("clip", normalise_by_source, SCORES, ["a", "a"], {"a": Moments()}, clip=0.0)
+    assert_refused("clip", normalise_advantages, OLD, MASK, eps=0.1, clip=-1.0)
+    assert_refused("eps", normalise_advantages, OLD, MASK, eps=0.0)
 
 
 def test_wrong_arguments():

@@ -60,7 +60,7 @@ def test_the_head_is_scaled_by_1_over_sigma_in_iteration_0(
     head = job.players.critic.head.weight.detach().float().clone()
     others = {n: p.clone() for n, p in job.players.critic.model.named_parameters() if not n.startswith("score.")}
     it = first_iteration(job)
-    sigma = it.moments.std
+    sigma = it.seen.scores.std
     assert abs(sigma - 1) > 0.1
     master, parameter = job.optimisers.critic.masters["score.weight"], job.players.critic.head.weight
     assert torch.allclose(master, head / sigma, rtol=1e-6)

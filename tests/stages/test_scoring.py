@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from ppomax.config import CriticConfig, KLConfig, OptimConfig, PPOConfig, SamplingConfig, ScoreConfig
 from ppomax.data.chat import render_prompt, render_response
-from ppomax.stages.ppo import estimate, seen
+from ppomax.stages.estimate import estimate, seen
 from ppomax.stages.reward import reward
 from ppomax.stages.update import update
 from stages import toy
@@ -160,11 +160,11 @@ def test_trap_11_15_16_the_order_of_shaping(truncated: Any, trained: Trained, to
     cut = rollout.truncated_B
     if truncated == "score":
         assert not scored.bootstrap_B.any()
-        assert it.moments.count == 32
+        assert it.seen.scores.count == 32
     else:
         assert not scored.bootstrap_B[~cut].any()
         assert scored.bootstrap_B[cut].all()
-        assert it.moments.count == int((~cut).sum())
+        assert it.seen.scores.count == int((~cut).sum())
 
 
 def test_trap_16_the_history_includes_every_batch_up_to_the_current_one(
@@ -172,11 +172,11 @@ def test_trap_16_the_history_includes_every_batch_up_to_the_current_one(
 ) -> None:
     config = ppo_config(tmp_path / "run", trained.sft, toys.prompts, reward=("stages.toy:length_reward",))
     it = first_iteration(prepared(config))
-    doubled = seen(it.scored, it.moments, config)
-    assert doubled.count == 2 * it.moments.count == 32
-    assert (doubled.mean, doubled.std) == pytest.approx((it.moments.mean, it.moments.std))
-    assert it.moments.mean == pytest.approx(float(it.scored.score_B.mean()))
-    assert it.moments.std == pytest.approx(float(it.scored.score_B.std(correction=0)))
+    doubled = seen(it.scored, it.seen, config).scores
+    assert doubled.count == 2 * it.seen.scores.count == 32
+    assert (doubled.mean, doubled.std) == pytest.approx((it.seen.scores.mean, it.seen.scores.std))
+    assert it.seen.scores.mean == pytest.approx(float(it.scored.score_B.mean()))
+    assert it.seen.scores.std == pytest.approx(float(it.scored.score_B.std(correction=0)))
 
 
 def test_monte_carlo_targets_are_the_rewards_to_go(trained: Trained, toys: Toys, tmp_path: Path) -> None:
@@ -232,6 +232,6 @@ def test_a_fixed_clip_without_normalising_clips_the_score_itself(trained: Traine
         score=ScoreConfig(normalise=False, clip=7.5),
     )  # fmt: skip
     it = first_iteration(prepared(config))
-    _, rewards_BR = estimate(it.scored, it.moments, config)
+    _, rewards_BR = estimate(it.scored, it.seen, config)
     assert rewards_BR.sum(1).tolist() == [min(len(text), 7.5) for text in it.texts]
     assert max(map(len, it.texts)) > 7.5 > min(map(len, it.texts))

@@ -31,9 +31,8 @@ from ppomax.config import (
 )
 from ppomax.models.embedded import embedded_directory
 from ppomax.rewards.callables import RewardFunction
-from ppomax.rl.shaping import Moments
 from ppomax.rollout.collect import collect, iteration_prompts, response_texts
-from ppomax.stages.ppo import estimate, seen
+from ppomax.stages.estimate import History, estimate, seen
 from ppomax.stages.ppo_setup import Job, prepare
 from ppomax.stages.scoring import Microbatch, TokenStatistics, plan_minibatches, score
 from ppomax.stages.session import session
@@ -257,7 +256,7 @@ class FirstIteration:
     plan: list[list[Microbatch]]
     scored: ScoredRollouts
     statistics: TokenStatistics
-    moments: Moments
+    seen: History
     experience: Experience
     rewards_BR: torch.Tensor
 
@@ -280,7 +279,7 @@ def first_iteration(job: Job) -> FirstIteration:
         job.players, rollout, plan, texts, temperature=config.sampling.temperature,
         bootstrap=config.score.truncated == "bootstrap",
     )  # fmt: skip
-    moments = job.moments = seen(scored, job.moments, config)
+    job.seen = seen(scored, job.seen, config)
     scored = job.scale_critic(scored)
-    experience, rewards_BR = estimate(scored, moments, config)
-    return FirstIteration(texts, plan, scored, statistics, moments, experience, rewards_BR)
+    experience, rewards_BR = estimate(scored, job.seen, config)
+    return FirstIteration(texts, plan, scored, statistics, job.seen, experience, rewards_BR)

@@ -1,21 +1,18 @@
 """Schemas, named recipes, and how a file and flags are laid over them."""
 
+from ppomax.config.ppo import CriticConfig, KLConfig, ObjectiveConfig, PPOConfig, ScoreConfig
 from ppomax.config.schema import (
     ChatConfig,
-    CriticConfig,
     DoctorConfig,
     EvaluateConfig,
-    KLConfig,
     ModelConfig,
     OptimConfig,
-    PPOConfig,
     QuickstartConfig,
     ReportConfig,
     RewardConfig,
     SamplingConfig,
     SaveConfig,
     Schema,
-    ScoreConfig,
     SFTConfig,
 )
 
@@ -26,6 +23,7 @@ __all__ = [
     "EvaluateConfig",
     "KLConfig",
     "ModelConfig",
+    "ObjectiveConfig",
     "OptimConfig",
     "PPOConfig",
     "QuickstartConfig",

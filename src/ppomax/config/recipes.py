@@ -1,6 +1,6 @@
 """Named recipes: functions that return a complete configuration.
 
-`ppo-max` is the schema's defaults, with the paper's ptx loss; every other recipe says what it changes.
+`ppo-max` is the schema's defaults, with the paper's ptx loss; every other recipe says what it changes, and from where.
 """
 
 from __future__ import annotations
@@ -9,14 +9,8 @@ from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from ppomax.config.layers import nearest
-from ppomax.config.schema import (
-    CriticConfig,
-    KLConfig,
-    OptimConfig,
-    PPOConfig,
-    RewardConfig,
-    ScoreConfig,
-)
+from ppomax.config.ppo import CriticConfig, KLConfig, ObjectiveConfig, PPOConfig, ScoreConfig
+from ppomax.config.schema import ModelConfig, OptimConfig, RewardConfig, SamplingConfig
 from ppomax.errors import SetupError
 
 C = TypeVar("C")
@@ -59,6 +53,101 @@ def vanilla() -> PPOConfig:
         optim=OptimConfig(lr=5e-7, max_grad_norm=None),
         gae_lambda=1.0,
     )
+
+
+@_ppo
+def instructgpt() -> PPOConfig:
+    """Ouyang et al. (2022): token KL 0.02 and ptx 27.8; the score is neither normalised nor clipped; critic from the
+    reward model, no pre-training; final/ holds the moving average of the weights. The ptx term is a token mean."""
+    return PPOConfig(
+        ptx_weight=27.8,
+        kl=KLConfig(coefficient=0.02),
+        score=ScoreConfig(normalise=False, clip=None),
+        critic=CriticConfig(pretrain_iterations=0),
+        gae_lambda=0.95,
+        ema=0.992,
+    )
+
+
+@_ppo
+def cpm() -> PPOConfig:
+    """CPM's script as the notes describe it: PPO-clip with token KL, GAE and value clip; no ptx, no score
+    normalisation, no critic pre-training. Its reward model has no LM term (`reward --recipe instructgpt`)."""
+    return PPOConfig(
+        score=ScoreConfig(normalise=False, clip=None),
+        critic=CriticConfig(pretrain_iterations=0),
+        whiten_advantages=True,
+        gae_lambda=0.95,
+    )
+
+
+@_ppo
+def reinforce() -> PPOConfig:
+    """Policy gradient on rewards-to-go minus the batch's mean return, one step per rollout batch, no critic."""
+    return _without_critic(
+        advantage="rewards_to_go", baseline="batch_mean", objective=ObjectiveConfig(kind="policy_gradient"),
+        minibatch=128,
+    )  # fmt: skip
+
+
+@_ppo
+def rloo() -> PPOConfig:
+    """REINFORCE on whole returns minus the mean of the other responses to the prompt (Ahmadian et al., 2024): four
+    responses per prompt, one step per rollout batch, no critic."""
+    return _without_critic(
+        advantage="whole_return", baseline="leave_one_out", objective=ObjectiveConfig(kind="policy_gradient"),
+        samples_per_prompt=4, minibatch=128,
+    )  # fmt: skip
+
+
+@_ppo
+def grpo() -> PPOConfig:
+    """Returns in standard deviations of their prompt's group, PPO-clip, KL as a k3 term of the loss (Shao et al.,
+    2024): eight responses per prompt, raw score, no critic."""
+    return _without_critic(
+        advantage="whole_return", baseline="group_normalise", samples_per_prompt=8,
+        kl=KLConfig(coefficient=0.04, place="loss", estimator="k3"), score=ScoreConfig(normalise=False, clip=None),
+    )  # fmt: skip
+
+
+@_ppo
+def trpo() -> PPOConfig:
+    """PPO-max's rewards and critic, with a natural-gradient step inside a KL ball of 0.01 nats per token instead of the
+    clipped surrogate (eq. 13). Float32, one step per rollout batch, no ptx; for small models."""
+    return PPOConfig(
+        objective=ObjectiveConfig(kind="trpo"), minibatch=128, compute=ModelConfig(dtype="float32")
+    )  # fmt: skip
+
+
+@_ppo
+def ppo_penalty() -> PPOConfig:
+    """PPO-max with the KL to the old policy as a price (β, steered to 0.01 nats per token) instead of the clip."""
+    return PPOConfig(ptx_weight=0.1, objective=ObjectiveConfig(kind="penalty", penalty_target=0.01))
+
+
+@_ppo
+def paper_7b_en() -> PPOConfig:
+    """The paper's English run: PPO-max with sampling batch 128, training batch 32, lr 5e-7 and 1.65e-6, gradient
+    checkpointing; prompts of up to 1024 tokens, responses of up to 512 (the paper names neither length)."""
+    return ppo_max().model_copy(update=_PAPER_7B)
+
+
+@_ppo
+def paper_7b_zh() -> PPOConfig:
+    """The paper's Chinese run: as paper-7b-en; what differs is the data and the models (OpenChineseLLaMA)."""
+    return ppo_max().model_copy(update=_PAPER_7B)
+
+
+_PAPER_7B: dict[str, object] = {
+    "iterations": 10_000,
+    "max_prompt_tokens": 1024,
+    "sampling": SamplingConfig(max_new_tokens=512),
+    "compute": ModelConfig(dtype="bfloat16", gradient_checkpointing=True),
+}
+
+
+def _without_critic(**settings: object) -> PPOConfig:
+    return PPOConfig(critic=CriticConfig(init=None, pretrain_iterations=0), **settings)  # type: ignore[arg-type]
 
 
 @_reward

@@ -116,6 +116,11 @@ class RewardConfig(Schema):
     lm_weight: float | None = Field(
         default=1.0, gt=0, description="β_rm of eq. 2: weight of the LM loss on the preferred response; None: off."
     )
+    margin: float | None = Field(
+        default=None,
+        gt=0,
+        description="Margin of the ranking loss per point of score_chosen - score_rejected in the data; None: off.",
+    )
     eval_every: int = Field(default=20, ge=1, description="Held-out accuracy every N steps.")
     seed: int = Field(default=0, ge=0, description="Keys the head's start and the data order.")
     compute: ModelConfig = ModelConfig()
@@ -138,103 +143,6 @@ class SamplingConfig(Schema):
     max_rows: int = Field(
         default=64, ge=1, description="Sequences decoded side by side. Bounds memory, not the result."
     )
-
-
-class KLConfig(Schema):
-    """The constraint towards the reference."""
-
-    coefficient: float | None = Field(
-        default=0.05, gt=0, description="η: the KL estimate of every token is subtracted from its reward; None: off."
-    )
-
-
-class ScoreConfig(Schema):
-    """Reparameterisation of the score (paper 5.3.1)."""
-
-    normalise: bool = Field(
-        default=True, description="Subtract the mean and divide by the std of all scores so far (eq. 18)."
-    )
-    clip: float | None = Field(default=5.0, gt=0, description="δ of eq. 18: bound of the normalised score; None: off.")
-    missing_eos_penalty: float | None = Field(
-        default=None,
-        gt=0,
-        description="Subtracted, as a term of its own, where the length limit cut the response; None: off.",
-    )
-    truncated: Literal["score", "bootstrap"] = Field(
-        default="score",
-        description="A response cut by the length limit is either scored (V after it is 0) or bootstrapped"
-        " (no score, V of the cut state).",
-    )
-
-
-class CriticConfig(Schema):
-    """The value function."""
-
-    init: str = Field(
-        default="reward",
-        description="reward: from the reward model; policy: from the policy, with a fresh head; or a directory.",
-    )
-    pretrain_iterations: int = Field(
-        default=2, ge=0, description="First iterations that train the critic alone; the policy does not move."
-    )
-    pretrain_epochs: int = Field(
-        default=2, ge=1, description="Passes over each rollout batch while the critic is pre-trained."
-    )
-    value_clip: float | None = Field(
-        default=0.2, gt=0, description="Bound of V's move from its old value; None: plain MSE."
-    )
-    target: Literal["lambda_return", "monte_carlo"] = Field(
-        default="lambda_return", description="Advantages + old values, or the discounted sum of rewards (eq. 16)."
-    )
-    optim: OptimConfig = OptimConfig(lr=1.65e-6)
-
-
-class PPOConfig(Schema):
-    """PPO on a language model: Algorithm 1 of the paper."""
-
-    run_dir: Path = Field(default=Path("runs/ppo"), description="Where everything of this run is written.")
-    policy: str = Field(
-        default="runs/sft/final", description="The SFT model: start of the policy and, frozen, the reference."
-    )
-    reward: tuple[str, ...] = Field(
-        default=("runs/reward/final",),
-        description="Reward-model directory, module:function, or several with weights: 0.7*DIR 0.3*pkg.mod:fn.",
-    )
-    prompts: tuple[str, ...] = Field(default=(), description="Prompts in any of the data formats; answers are ignored.")
-    ptx_data: tuple[str, ...] = Field(default=(), description="Dialogues or plain text for the ptx loss.")
-    ptx_weight: float | None = Field(default=None, gt=0, description="λ_ptx: weight of the ptx loss; None: off.")
-    ptx_batch: int | None = Field(
-        default=None, ge=1, description="ptx dialogues per optimiser step; None: as many as minibatch."
-    )
-    iterations: int = Field(default=100, ge=1, description="Rollout batches in all, critic pre-training included.")
-    rollout_batch: int = Field(default=128, ge=1, description="Responses per iteration.")
-    samples_per_prompt: int = Field(default=1, ge=1, description="Responses per prompt within a rollout batch.")
-    minibatch: int = Field(default=32, ge=1, description="Responses per optimiser step.")
-    epochs: int = Field(default=1, ge=1, description="Passes over a rollout batch.")
-    max_prompt_tokens: int = Field(
-        default=512, ge=4, description="Old turns are dropped to fit; a prompt that can't is dropped."
-    )
-    gamma: float = Field(default=1.0, ge=0, le=1, description="γ: discount.")
-    gae_lambda: float = Field(default=0.9, ge=0, le=1, description="λ of GAE.")
-    clip_ratio: float = Field(default=0.2, gt=0, description="ε of the clipped surrogate.")
-    whiten_advantages: bool = Field(default=False, description="Normalise advantages over each minibatch.")
-    advantage_clip: float | None = Field(
-        default=None, gt=0, description="Bound of the advantages after whitening; None: off."
-    )
-    sampling: SamplingConfig = SamplingConfig()
-    kl: KLConfig = KLConfig()
-    score: ScoreConfig = ScoreConfig()
-    critic: CriticConfig = CriticConfig()
-    optim: OptimConfig = Field(default=OptimConfig(lr=5e-7), description="The policy's optimiser.")
-    judge: str | None = Field(
-        default=None, description="module:function scored on every rollout for the log only; the policy never sees it."
-    )
-    stop_on_alarm: bool = Field(
-        default=False, description="End the run, saved, when a collapse alarm of severity stop is raised."
-    )
-    seed: int = Field(default=0, ge=0, description="Keys prompts' order and every sequence's random stream.")
-    compute: ModelConfig = ModelConfig()
-    save: SaveConfig = SaveConfig(every=10)
 
 
 class EvaluateConfig(Schema):

@@ -29,8 +29,8 @@ def prompt_batches(
 ) -> list[list[int]]:
     """Microbatches of row indices for packed passes: at most `budget` tokens, where equal prompts count once.
 
-    Rows of one prompt stand together, longest first, so that neighbours have similar lengths; a prompt whose rows exceed
-    the budget is spread over several batches. Every index occurs exactly once.
+    Rows of one prompt stand together, longest first, so that neighbours have similar lengths; a prompt whose rows
+    exceed the budget is spread over several batches. Every index occurs exactly once.
     """
     _expect_positive(budget=budget)
     rows_of: dict[tuple[int, ...], list[int]] = {}

@@ -100,7 +100,8 @@ def read_pairs(specs: str | Sequence[str]) -> tuple[list[Pair], ReadReport]:
         if pair.chosen.strip() == pair.rejected.strip():
             raise schemas.Unusable("chosen == rejected")
         schemas.check_text(pair.chosen, pair.rejected)
-        return Pair(pair.prompt, pair.chosen, pair.rejected, prompt_key(pair.prompt), _source(row)), pair.notes
+        key, gap = prompt_key(pair.prompt), schemas.score_gap(fields, row.place)
+        return Pair(pair.prompt, pair.chosen, pair.rejected, key, _source(row), gap), pair.notes
 
     return _read(specs, convert)
 

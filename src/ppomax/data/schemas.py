@@ -5,6 +5,7 @@ Text formats (HH-RLHF, Alpaca, plain strings) are stripped; message lists are ta
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -66,6 +67,21 @@ def preference_of(fields: Mapping[str, Any], place: str) -> Preference:
     """The pair in a row with `chosen` and `rejected`, whichever of the three pair schemas it follows."""
     sides = [_side(fields, name, place) for name in ("chosen", "rejected")]
     return _split_pair(*sides)
+
+
+def score_gap(fields: Mapping[str, Any], place: str) -> float | None:
+    """`score_chosen` − `score_rejected`, None without both; a row whose scores say the opposite is unusable."""
+    if "score_chosen" not in fields or "score_rejected" not in fields:
+        return None
+    scores = []
+    for name in ("score_chosen", "score_rejected"):
+        value = fields[name]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise DataError(f"{place}, `{name}`: found {value!r}, expected a finite number")
+        scores.append(float(value))
+    if scores[0] < scores[1]:
+        raise Unusable("score_chosen less than score_rejected")
+    return scores[0] - scores[1]
 
 
 def dialogue_of(fields: Mapping[str, Any], place: str) -> Messages | None:

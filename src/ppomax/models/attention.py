@@ -68,7 +68,7 @@ def _packed_attention(
     """Prompts among themselves, then each response over its prompt and itself; [1, heads, N, D] → [1, N, heads, D]."""
     query_N, key_N, value_N = (x[0].transpose(0, 1).contiguous() for x in (query, key, value))
     G, P = packing.prompt_GP.shape
-    B, R = packing.response_BR.shape
+    B = len(packing.response_BR)
     prompt, response = packing.prompt_GP.flatten(), packing.response_BR.flatten()
     of_response = packing.prompt_GP[packing.prompt_B]
     seen = torch.cat([of_response, packing.response_BR], dim=1).flatten()
@@ -108,8 +108,8 @@ def packed_states(stack: Any, packing: Packing, **inputs: Tensor) -> Tensor:
 def packing_is_exact(base: Any) -> bool:
     """Whether a decoder stack gives packed tokens the states that padded rows have, tried on a few tokens.
 
-    False on devices with another attention, and for architectures with windows, which a few tokens do not show, or whose
-    layers do not hand the packing on.
+    False on devices with another attention, and for architectures with windows, which a few tokens do not show, or
+    whose layers do not hand the packing on.
     """
     if getattr(base.config, "_attn_implementation", None) != NAME or set(_layer_types(base)) != {"full_attention"}:
         return False

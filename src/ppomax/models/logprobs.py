@@ -1,7 +1,9 @@
-"""Log-probs of given tokens straight from hidden states, in chunks; no [N, V] float tensor outlives its chunk."""
+"""Log-probs, entropies and exact KLs straight from hidden states; no [N, V] float tensor outlives its chunk."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,15 +14,72 @@ from torch.nn import functional as F
 CHUNK_BYTES = 100_000_000
 
 
+@dataclass(frozen=True)
+class Unembedded:
+    """Hidden states [N, H] and the unembedding (weight [V, H], bias [V] or None) that turns them into logits."""
+
+    states_NH: Tensor
+    weight_VH: Tensor
+    bias_V: Tensor | None = None
+
+    def logits(self, rows: slice, temperature: float) -> Tensor:
+        """Float32 logits of some rows, divided by `temperature`."""
+        return _logits(self.states_NH[rows], self.weight_VH, self.bias_V, temperature)
+
+
 def token_logprobs(
     states_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_N: Tensor, *, temperature: float = 1.0
 ) -> Tensor:
     """log softmax(states·weightᵀ / temperature) at `targets_N`: float32 [N], differentiable in states, weight and bias.
 
-    d logits = g · (one_hot(target) − softmax) / temperature, formed in place chunk by chunk; where the weight is trained,
-    the backward pass recomputes the logits for it.
+    d logits = one_hot(target) − softmax.
     """
-    return _TokenLogprobs.apply(states_NH, weight_VH, bias_V, targets_N, temperature)  # type: ignore[return-value]
+
+    def rule(logits_NV: Tensor, rows: slice, differentiate: bool) -> tuple[Tensor, Tensor | None]:
+        target, normaliser = targets_N[rows, None], logits_NV.logsumexp(-1)
+        value = logits_NV.gather(1, target)[:, 0] - normaliser
+        if not differentiate:
+            return value, None
+        slope = logits_NV.sub_(normaliser[:, None]).exp_().neg_()
+        return value, slope.scatter_add_(1, target, torch.ones_like(value[:, None]))
+
+    return _chunked(states_NH, weight_VH, bias_V, temperature, rule)
+
+
+def token_entropy(
+    states_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None = None, *, temperature: float = 1.0
+) -> Tensor:
+    """The exact entropy over the vocabulary, nats: float32 [N], differentiable in states, weight and bias.
+
+    d logits = −p · (log p + H).
+    """
+
+    def rule(logits_NV: Tensor, rows: slice, differentiate: bool) -> tuple[Tensor, Tensor | None]:
+        log_p = logits_NV.sub_(logits_NV.logsumexp(-1, keepdim=True))
+        p = log_p.exp()
+        entropy = -(p * log_p).sum(-1)
+        return entropy, p.mul_(log_p.add_(entropy[:, None])).neg_() if differentiate else None
+
+    return _chunked(states_NH, weight_VH, bias_V, temperature, rule)
+
+
+def token_kl(of: Unembedded, against: Unembedded, *, temperature: float = 1.0) -> Tensor:
+    """The exact KL(of ‖ against) over the vocabulary, nats: float32 [N], differentiable in `of` only.
+
+    d logits = p · (log p − log q − KL).
+    """
+
+    def rule(logits_NV: Tensor, rows: slice, differentiate: bool) -> tuple[Tensor, Tensor | None]:
+        with torch.no_grad():
+            log_q = against.logits(rows, temperature)
+            difference = log_q.sub_(log_q.logsumexp(-1, keepdim=True)).neg_()
+        log_p = logits_NV.sub_(logits_NV.logsumexp(-1, keepdim=True))
+        difference += log_p
+        p = log_p.exp_()
+        kl = (p * difference).sum(-1)
+        return kl, p.mul_(difference.sub_(kl[:, None])) if differentiate else None
+
+    return _chunked(of.states_NH, of.weight_VH, of.bias_V, temperature, rule)
 
 
 @torch.no_grad()
@@ -46,45 +105,52 @@ def token_statistics(
     return logprobs, entropies, plains
 
 
-class _TokenLogprobs(torch.autograd.Function):
-    """With a frozen unembedding the forward pass, which has the logits at hand, also forms the gradient in the states.
+# (logits [n, V] of some rows, which may be overwritten; which rows; whether to differentiate) → their values [n] and,
+# where asked for, slopes d value / d logits [n, V].
+Rule = Callable[[Tensor, slice, bool], tuple[Tensor, Tensor | None]]
 
-    That gradient is known up to a factor per token, so one product with the vocabulary replaces two.
+
+def _chunked(states: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, rule: Rule) -> Tensor:
+    return _Chunked.apply(states, weight, bias, temperature, rule)  # type: ignore[return-value]
+
+
+class _Chunked(torch.autograd.Function):
+    """A number per state by way of its logits.
+
+    With a frozen unembedding the forward pass, which has the logits at hand, also forms the gradient in the states: it
+    is known up to a factor per state, so that one product with the vocabulary replaces two. Where the unembedding is
+    trained, the backward pass computes the logits again.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: float
+        ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, rule: Rule
     ) -> Tensor:
         wants_states, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         at_once = wants_states and not (wants_weight or wants_bias)
-        normaliser = torch.empty(len(targets), dtype=torch.float32, device=states.device)
-        logprobs = torch.empty_like(normaliser)
+        values = torch.empty(len(states), dtype=torch.float32, device=states.device)
         d_states = torch.empty_like(states) if at_once else None
-        for rows in _chunks(len(targets), weight.shape[0]):
-            logits = _logits(states[rows], weight, bias, temperature)
-            normaliser[rows] = logits.logsumexp(-1)
-            logprobs[rows] = logits.gather(1, targets[rows, None])[:, 0] - normaliser[rows]
-            if d_states is not None:
-                ones = torch.ones_like(normaliser[rows, None])
-                d_states[rows] = _d_logits(logits, normaliser[rows], targets[rows], ones).to(weight.dtype) @ weight
-        ctx.temperature, ctx.d_states = temperature, d_states
-        ctx.save_for_backward(*(() if at_once else (states, weight, bias, targets, normaliser)))
-        return logprobs
+        for rows in _chunks(len(states), weight.shape[0]):
+            values[rows], slopes = rule(_logits(states[rows], weight, bias, temperature), rows, at_once)
+            if d_states is not None and slopes is not None:
+                d_states[rows] = slopes.to(weight.dtype) @ weight
+        ctx.temperature, ctx.rule, ctx.d_states = temperature, rule, d_states
+        ctx.save_for_backward(*(() if at_once else (states, weight, bias)))
+        return values
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        gradient = gradients[0] / ctx.temperature
+        gradient = gradients[0][:, None] / ctx.temperature
         if ctx.d_states is not None:
-            return (ctx.d_states * gradient[:, None]).to(ctx.d_states.dtype), None, None, None, None
-        states, weight, bias, targets, normaliser = ctx.saved_tensors
+            return (ctx.d_states * gradient).to(ctx.d_states.dtype), None, None, None, None
+        states, weight, bias = ctx.saved_tensors
         wants_states, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         d_states = torch.empty_like(states) if wants_states else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias else None
-        for rows in _chunks(len(targets), weight.shape[0]):
-            logits = _logits(states[rows], weight, bias, ctx.temperature)
-            d_logits = _d_logits(logits, normaliser[rows], targets[rows], gradient[rows, None])
+        for rows in _chunks(len(states), weight.shape[0]):
+            _, slopes = ctx.rule(_logits(states[rows], weight, bias, ctx.temperature), rows, True)
+            d_logits = slopes.mul_(gradient[rows])
             if d_bias is not None:
                 d_bias += d_logits.sum(0)
             d_logits = d_logits.to(weight.dtype)
@@ -99,12 +165,6 @@ class _TokenLogprobs(torch.autograd.Function):
             None,
             None,
         )
-
-
-def _d_logits(logits_NV: Tensor, normaliser_N: Tensor, targets_N: Tensor, factor_N1: Tensor) -> Tensor:
-    """factor · (one_hot(target) − softmax), formed in the memory of the logits."""
-    d_logits = logits_NV.sub_(normaliser_N[:, None]).exp_().mul_(-factor_N1)
-    return d_logits.scatter_add_(1, targets_N[:, None], factor_N1)
 
 
 def _logits(states: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:

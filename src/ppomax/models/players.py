@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from ppomax.data.batches import prompt_batches, token_budget_batches
 from ppomax.models.attention import packed_states, packing_is_exact
 from ppomax.models.layers import lower_view, split_is_exact, upper_view
 from ppomax.models.load import scalar_head
-from ppomax.models.logprobs import token_logprobs, token_statistics
+from ppomax.models.logprobs import Unembedded, token_entropy, token_kl, token_logprobs, token_statistics
 from ppomax.types import SetupError, TokenBatch
 
 
@@ -27,12 +27,14 @@ from ppomax.types import SetupError, TokenBatch
 class TokenScores:
     """Float32 [B, T]: entry t is about token t given the tokens before it; 0 where not asked for.
 
-    logprobs at the sampling temperature, entropy of the same distribution, plain_logprobs at temperature 1.
+    logprobs at the sampling temperature; entropy of the same distribution and its exact KL to another policy's;
+    plain_logprobs at temperature 1.
     """
 
     logprobs_BT: Tensor
     entropy_BT: Tensor | None = None
     plain_logprobs_BT: Tensor | None = None
+    kl_BT: Tensor | None = None
 
 
 class Player(nn.Module):
@@ -114,15 +116,34 @@ class Policy(Player):
             raise SetupError(f"{type(model).__name__} changes its logits after the unembedding; this is not supported")
 
     def forward(
-        self, batch: TokenBatch, *, mask_BT: Tensor | None = None, temperature: float = 1.0, statistics: bool = False
-    ) -> TokenScores:
+        self, batch: TokenBatch, *, mask_BT: Tensor | None = None, temperature: float = 1.0, statistics: bool = False,
+        entropy: bool = False, against: Policy | None = None,
+    ) -> TokenScores:  # fmt: skip
         """Log-probs of the tokens under `mask_BT` (default: the response tokens), logits divided by `temperature`.
 
         statistics: no gradient, but also the exact entropy over the vocabulary and the log-probs at temperature 1.
+        entropy: the entropy with its gradient. against: the exact KL to another policy, with the gradient in this one.
         """
-        mask_BT = response_mask(batch) if mask_BT is None else mask_BT
+        places = _Places.of(response_mask(batch) if mask_BT is None else mask_BT, batch)
+        states = self._unembedded(batch, places)
+        scores = _token_scores(states, places, temperature, statistics)
+        if entropy:
+            exact = token_entropy(states.states_NH, states.weight_VH, states.bias_V, temperature=temperature)
+            scores = replace(scores, entropy_BT=places.spread(exact))
+        if against is not None:
+            with torch.no_grad():
+                other = against._unembedded(batch, places)
+            scores = replace(scores, kl_BT=places.spread(token_kl(states, other, temperature=temperature)))
+        return scores
+
+    def _unembedded(self, batch: TokenBatch, places: _Places) -> Unembedded:
         head = self.model.get_output_embeddings()  # type: ignore[operator]
-        return _token_scores(self.hidden(batch), head.weight, head.bias, batch, mask_BT, temperature, statistics)
+        return Unembedded(self.hidden(batch)[places.rows, places.before], head.weight, head.bias)
+
+    def response_logits(self, batch: TokenBatch, *, temperature: float) -> Tensor:
+        """Float32 logits [N, V] of all response tokens, by plain products that can be differentiated twice (TRPO)."""
+        states = self._unembedded(batch, _Places.of(response_mask(batch), batch))
+        return F.linear(states.states_NH, states.weight_VH, states.bias_V).float() / temperature
 
     @contextmanager
     def decoding(self) -> Iterator[None]:
@@ -172,8 +193,9 @@ class Scalar(Player):
         if lm_mask_BT is None:
             return ScalarOutput(values)
         weight = self.unembedding.weight if self.unembedding is not None else self.base.get_input_embeddings().weight
-        scores = _token_scores(hidden, weight, None, batch, lm_mask_BT, 1.0, statistics=False)
-        return ScalarOutput(values, scores.logprobs_BT)
+        places = _Places.of(lm_mask_BT, batch)
+        states = Unembedded(hidden[places.rows, places.before], weight)
+        return ScalarOutput(values, _token_scores(states, places, 1.0, statistics=False).logprobs_BT)
 
 
 def response_mask(batch: TokenBatch) -> Tensor:
@@ -195,22 +217,33 @@ def at_end(x_BT: Tensor, batch: TokenBatch) -> Tensor:
     return x_BT.gather(1, batch.length_B[:, None] - 1)[:, 0]
 
 
-def _token_scores(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, batch: TokenBatch, mask_BT: Tensor, temperature: float,
-    statistics: bool,
-) -> TokenScores:  # fmt: skip
-    """Scores of token t from the hidden state at t - 1, for the masked t ≥ 1; 0 elsewhere."""
-    rows, cols = torch.nonzero(mask_BT[:, 1:], as_tuple=True)
-    states, targets = hidden[rows, cols], batch.ids_BT[rows, cols + 1]
+@dataclass(frozen=True)
+class _Places:
+    """The N tokens that are asked for: token t of a row is read from the state at `before` = t - 1."""
 
-    def place(column: Tensor) -> Tensor:
-        empty = torch.zeros(batch.ids_BT.shape, dtype=torch.float32, device=hidden.device)
-        return empty.index_put((rows, cols + 1), column)
+    rows: Tensor
+    before: Tensor
+    targets: Tensor
+    shape: torch.Size
 
+    @classmethod
+    def of(cls, mask_BT: Tensor, batch: TokenBatch) -> _Places:
+        """The masked tokens t ≥ 1 of a batch."""
+        rows, before = torch.nonzero(mask_BT[:, 1:], as_tuple=True)
+        return cls(rows, before, batch.ids_BT[rows, before + 1], batch.ids_BT.shape)
+
+    def spread(self, x_N: Tensor) -> Tensor:
+        """[B, T]: the numbers at their tokens, 0 elsewhere."""
+        empty = torch.zeros(self.shape, dtype=torch.float32, device=x_N.device)
+        return empty.index_put((self.rows, self.before + 1), x_N)
+
+
+def _token_scores(states: Unembedded, places: _Places, temperature: float, statistics: bool) -> TokenScores:
+    parts = states.states_NH, states.weight_VH, states.bias_V, places.targets
     if not statistics:
-        return TokenScores(place(token_logprobs(states, weight, bias, targets, temperature=temperature)))
-    logprobs, entropy, plain = token_statistics(states, weight, bias, targets, temperature=temperature)
-    return TokenScores(place(logprobs), place(entropy), place(plain))
+        return TokenScores(places.spread(token_logprobs(*parts, temperature=temperature)))
+    logprobs, entropy, plain = map(places.spread, token_statistics(*parts, temperature=temperature))
+    return TokenScores(logprobs, entropy, plain)
 
 
 @torch.inference_mode()

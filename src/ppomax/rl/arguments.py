@@ -42,3 +42,24 @@ def expect_not_negative(**numbers: float) -> None:
     for name, number in numbers.items():
         if not (number >= 0.0 and math.isfinite(number)):
             raise ValueError(f"{name}: found {number}, expected a finite number >= 0")
+
+
+def expect_finite(**numbers: float) -> None:
+    """Each number must be neither infinite nor NaN."""
+    for name, number in numbers.items():
+        if not math.isfinite(number):
+            raise ValueError(f"{name}: found {number}, expected a finite number")
+
+
+def expect_count(**numbers: int) -> None:
+    """Each number must be an int >= 1; neither a bool nor a float that happens to be whole."""
+    for name, number in numbers.items():
+        if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+            raise ValueError(f"{name}: found {number!r}, expected an int >= 1")
+
+
+def expect_vector(**tensors: Tensor) -> None:
+    """Each tensor must have exactly one axis."""
+    for name, tensor in tensors.items():
+        if tensor.ndim != 1:
+            raise ValueError(f"{name}: found shape {tuple(tensor.shape)}, expected one axis")

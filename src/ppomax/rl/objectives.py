@@ -24,19 +24,31 @@ def clipped_policy_loss(
     *,
     clip_ratio: float,
     denom: float,
+    dual_clip: float | None = None,
+    weights: Float[Tensor, "B R"] | None = None,
 ) -> Float[Tensor, ""]:
     """PPO's clipped surrogate as a loss.
 
-        -sum min(ratio * A, clip(ratio, 1 - eps, 1 + eps) * A) / denom,  ratio = exp(log pi - log pi_old)
+        -sum w * S / denom,  S = min(ratio * A, clip(ratio, 1 - eps, 1 + eps) * A),  ratio = exp(log pi - log pi_old)
 
-    Source: "Secrets of RLHF I", PPO-clip; Schulman et al. (2017), arXiv 1707.06347, eq. 7.
+    `dual_clip` is c > 1: where A < 0, S = max(S, c * A), so that a ratio above c has no gradient; None and inf are
+    plain PPO. `weights` is w (default 1): detached factors, such as `policy_objectives.importance_weights`.
+    Source: "Secrets of RLHF I", PPO-clip; Schulman et al. (2017), arXiv 1707.06347, eq. 7; the dual clip is from
+    Ye et al. (2020), arXiv 1912.09729.
     """
     expect_mask(mask, axes=2)
-    expect_shape(mask.shape, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
+    expect_shape(mask.shape, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages, weights=weights)
     expect_positive(clip_ratio=clip_ratio, denom=denom)
+    if dual_clip is not None and not dual_clip > 1.0:
+        raise ValueError(f"dual_clip: found {dual_clip}, expected a number > 1")
     advantages = zero_masked(advantages.detach(), mask)
     ratio = zero_masked(logprobs - old_logprobs.detach(), mask).exp()
     surrogate = torch.minimum(ratio * advantages, ratio.clamp(1 - clip_ratio, 1 + clip_ratio) * advantages)
+    if dual_clip is not None:
+        # Where A >= 0 the floor is -inf, not c * A: c may be infinite and A zero.
+        surrogate = torch.maximum(surrogate, torch.where(advantages < 0, dual_clip * advantages, -torch.inf))
+    if weights is not None:
+        surrogate = surrogate * zero_masked(weights.detach(), mask)
     return -masked_sum(surrogate, mask) / denom
 
 
@@ -78,12 +90,21 @@ def nll_loss(logprobs: Float[Tensor, "B R"], mask: Bool[Tensor, "B R"], *, denom
     return -masked_sum(logprobs, mask) / denom
 
 
-def entropy_bonus(entropy: Float[Tensor, "B R"], mask: Bool[Tensor, "B R"], *, denom: float) -> Float[Tensor, ""]:
-    """sum H_t / denom, with H_t the exact entropy over the vocabulary. A bonus: subtract it from the loss."""
+def entropy_bonus(
+    entropy: Float[Tensor, "B R"], mask: Bool[Tensor, "B R"], *, denom: float, clip: float | None = None
+) -> Float[Tensor, ""]:
+    """The entropy of the policy. A bonus: subtract it from the loss.
+
+        sum_b min(sum_t H_bt, delta) / denom
+
+    H_t is the exact entropy over the vocabulary. `clip` is delta, nats per response: a response above it has no
+    gradient; None means no limit. Source: "Secrets of RLHF I", fig. 16 (there |mean H - 35|, whose clip never acts).
+    """
     expect_mask(mask, axes=2)
     expect_shape(mask.shape, entropy=entropy)
-    expect_positive(denom=denom)
-    return masked_sum(entropy, mask) / denom
+    expect_positive(denom=denom, clip=clip)
+    entropy_B = zero_masked(entropy, mask).sum(dim=1)
+    return (entropy_B if clip is None else entropy_B.clamp(max=clip)).sum() / denom
 
 
 @torch.no_grad()

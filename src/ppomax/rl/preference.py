@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from ppomax.rl.arguments import expect_positive, expect_shape
+from ppomax.rl.arguments import expect_positive, expect_shape, expect_vector
 
 
 def ranking_loss(
@@ -14,7 +14,7 @@ def ranking_loss(
     rejected_B: Float[Tensor, " B"],
     *,
     denom: float,
-    margin: float = 0.0,
+    margin: float | Float[Tensor, " B"] = 0.0,
     weight_B: Float[Tensor, " B"] | None = None,
 ) -> Float[Tensor, ""]:
     """Negative log-likelihood of the preferences under Bradley-Terry.
@@ -22,11 +22,14 @@ def ranking_loss(
         -sum weight * log sigmoid(chosen - rejected - margin) / denom
 
     `denom`: total weight of the whole minibatch, over all microbatches and ranks (its pairs, where all weigh 1).
-    `weight_B`: 1 / pairs of the same prompt makes every prompt count once, as in InstructGPT. `margin`: score units.
+    `weight_B`: 1 / pairs of the same prompt makes every prompt count once, as in InstructGPT. `margin`: score units,
+    one for all or one per pair (Touvron et al., 2023, arXiv 2307.09288, eq. 2).
     Source: "Secrets of RLHF I", eq. 1, as a loss (the paper prints its negative).
     """
     _expect_pairs(chosen_B, rejected_B)
     expect_positive(denom=denom)
+    if isinstance(margin, Tensor):
+        expect_shape(chosen_B.shape, margin=margin)
     likelihood_B = torch.nn.functional.logsigmoid(chosen_B - rejected_B - margin)
     if weight_B is not None:
         expect_shape(chosen_B.shape, weight_B=weight_B)
@@ -43,6 +46,5 @@ def ranking_accuracy(chosen_B: Float[Tensor, " B"], rejected_B: Float[Tensor, " 
 
 
 def _expect_pairs(chosen_B: Tensor, rejected_B: Tensor) -> None:
-    if chosen_B.ndim != 1:
-        raise ValueError(f"chosen_B: found shape {tuple(chosen_B.shape)}, expected one axis")
+    expect_vector(chosen_B=chosen_B)
     expect_shape(chosen_B.shape, rejected_B=rejected_B)

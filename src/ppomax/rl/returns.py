@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ppomax.rl.arguments import expect_mask, expect_shape, expect_unit_interval
+from ppomax.rl.arguments import expect_count, expect_mask, expect_shape, expect_unit_interval
 from ppomax.rl.masked import zero_masked
 
 
@@ -35,9 +35,7 @@ def td_residuals(
     expect_shape(mask.shape, rewards=rewards, values=values)
     expect_shape(mask.shape[:1], bootstrap=bootstrap)
     expect_unit_interval(gamma=gamma)
-    after_last = torch.zeros_like(values[:, 0]) if bootstrap is None else bootstrap
-    next_values = torch.where(last_token(mask), after_last[:, None], torch.roll(values, -1, dims=1))
-    return zero_masked(rewards + gamma * next_values - values, mask)
+    return zero_masked(rewards + gamma * _following(values, mask, bootstrap) - values, mask)
 
 
 def gae(
@@ -58,12 +56,7 @@ def gae(
     """
     expect_unit_interval(gae_lambda=gae_lambda)
     delta = td_residuals(rewards, values, mask, gamma=gamma, bootstrap=bootstrap)
-    advantages = torch.empty_like(delta)
-    following = torch.zeros_like(delta[:, 0])
-    for t in reversed(range(delta.shape[1])):
-        following = delta[:, t] + gamma * gae_lambda * following
-        advantages[:, t] = following
-    return advantages
+    return discounted_sums(delta, factor=gamma * gae_lambda)
 
 
 def lambda_returns(
@@ -96,12 +89,97 @@ def monte_carlo(
     expect_shape(mask.shape, rewards=rewards)
     expect_shape(mask.shape[:1], bootstrap=bootstrap)
     expect_unit_interval(gamma=gamma)
-    returns = torch.empty_like(rewards)
-    following = torch.zeros_like(rewards[:, 0]) if bootstrap is None else bootstrap
-    for t in reversed(range(rewards.shape[1])):
-        following = torch.where(mask[:, t], rewards[:, t] + gamma * following, following)
-        returns[:, t] = following
+    rewards = zero_masked(rewards, mask)
+    if bootstrap is not None:
+        rewards = rewards + gamma * zero_masked(bootstrap[:, None].expand(mask.shape), last_token(mask))
+    return discounted_sums(rewards, factor=gamma)
+
+
+def whole_return(
+    rewards: Float[Tensor, "B R"],
+    mask: Bool[Tensor, "B R"],
+    *,
+    gamma: float,
+    bootstrap: Float[Tensor, " B"] | None = None,
+) -> Float[Tensor, " B"]:
+    """The return of each whole response, R(tau).
+
+        R = sum_{l=0}^{n-1} gamma^l * r_l + gamma^n * bootstrap,  n = counted tokens of the row
+
+    gamma = 1 is the finite-horizon undiscounted return, gamma < 1 the discounted one. A row with no counted token
+    returns 0. Source: "Secrets of RLHF I", policy gradient methods, where R(tau) is the weight Phi_t of every token.
+    """
+    return monte_carlo(rewards, mask, gamma=gamma, bootstrap=bootstrap)[:, 0]
+
+
+def k_step_returns(
+    rewards: Float[Tensor, "B R"],
+    values: Float[Tensor, "B R"],
+    mask: Bool[Tensor, "B R"],
+    *,
+    k: int,
+    gamma: float,
+    bootstrap: Float[Tensor, " B"] | None = None,
+) -> Float[Tensor, "B R"]:
+    """Temporal-difference returns over k steps.
+
+        G_t = r_t + gamma * r_{t+1} + ... + gamma^{k-1} * r_{t+k-1} + gamma^k * V(s_{t+k})
+
+    Fewer than k steps before the end: all of them, then `bootstrap` discounted by the steps really taken, so k >= R is
+    Monte Carlo. Masked entries return 0. Takes min(k, R) passes over the batch.
+    Source: "Secrets of RLHF I", TD-k return; Sutton & Barto (2018), eq. 7.1.
+    """
+    expect_count(k=k)
+    expect_mask(mask, axes=2)
+    expect_shape(mask.shape, rewards=rewards, values=values)
+    if k >= mask.shape[1]:
+        return monte_carlo(rewards, mask, gamma=gamma, bootstrap=bootstrap)
+    expect_shape(mask.shape[:1], bootstrap=bootstrap)
+    expect_unit_interval(gamma=gamma)
+    returns = values
+    for _ in range(k):
+        returns = rewards + gamma * _following(returns, mask, bootstrap)
     return zero_masked(returns, mask)
+
+
+def k_step_advantages(
+    rewards: Float[Tensor, "B R"],
+    values: Float[Tensor, "B R"],
+    mask: Bool[Tensor, "B R"],
+    *,
+    k: int,
+    gamma: float,
+    bootstrap: Float[Tensor, " B"] | None = None,
+) -> Float[Tensor, "B R"]:
+    """Advantages over k steps: the k-step return minus V(s_t).
+
+        A_t = sum_{l=0}^{min(k, n-t)-1} gamma^l * delta_{t+l},  n = counted tokens of the row
+
+    k = 1 is delta; k >= R is Monte Carlo minus V. Masked entries return 0. Takes min(k, R) passes over the batch.
+    Source: "Secrets of RLHF I", eq. 8 (the sum ends at k - 1, not k); Schulman et al. (2016), arXiv 1506.02438, eq. 14.
+    """
+    expect_count(k=k)
+    delta = td_residuals(rewards, values, mask, gamma=gamma, bootstrap=bootstrap)
+    if k >= mask.shape[1]:
+        return discounted_sums(delta, factor=gamma)
+    advantages = delta
+    for _ in range(k - 1):
+        advantages = delta + gamma * _following(advantages, mask)
+    return zero_masked(advantages, mask)
+
+
+def discounted_sums(x: Float[Tensor, "B R"], *, factor: float) -> Float[Tensor, "B R"]:
+    """Discounted sums from each position to the end of the width.
+
+        S_t = x_t + factor * S_{t+1},  with S = 0 after the last position
+
+    There is no mask: zero the padding first.
+    """
+    # One position after the other in memory: a column of [B, R] touches a cache line per row.
+    sums = list(x.T.contiguous())
+    for t in reversed(range(len(sums) - 1)):
+        sums[t] = sums[t] + factor * sums[t + 1]
+    return torch.stack(sums, dim=1)
 
 
 def last_token(mask: Bool[Tensor, "B R"]) -> Bool[Tensor, "B R"]:
@@ -109,3 +187,9 @@ def last_token(mask: Bool[Tensor, "B R"]) -> Bool[Tensor, "B R"]:
     expect_mask(mask, axes=2)
     followed = torch.cat([mask[:, 1:], torch.zeros_like(mask[:, :1])], dim=1)
     return mask & ~followed
+
+
+def _following(x: Tensor, mask: Tensor, after_last: Tensor | None = None) -> Tensor:
+    """x_{t+1} in column t, and `after_last` (default 0) at the last counted token. Masked entries hold anything."""
+    after_last = torch.zeros_like(x[:, 0]) if after_last is None else after_last
+    return torch.where(last_token(mask), after_last[:, None], torch.roll(x, -1, dims=1))

@@ -26,12 +26,13 @@ class Tokens:
 
 @dataclass(frozen=True)
 class RankedTokens:
-    """All responses to one prompt as ids, and which of them is better than which: `pairs` of (better, worse)."""
+    """All responses to one prompt as ids, which is better than which (`pairs` of (better, worse)) and by how much."""
 
     prompt: tuple[int, ...]
     responses: tuple[tuple[int, ...], ...]
     pairs: tuple[tuple[int, int], ...]
     source: str
+    gaps: tuple[float | None, ...] = ()
 
     def __len__(self) -> int:
         return sum(len(self.prompt) + len(response) for response in self.responses)
@@ -76,7 +77,9 @@ def ranked_tokens(tokenizer: Any, pairs: Sequence[Pair], max_length: int) -> tup
 
     A pair fits if its prompt and longer answer do; old turns go first, then the pair is left out and counted.
     """
-    grouped: dict[tuple[str, tuple[int, ...]], tuple[dict[tuple[int, ...], int], dict[tuple[int, int], None]]] = {}
+    grouped: dict[
+        tuple[str, tuple[int, ...]], tuple[dict[tuple[int, ...], int], dict[tuple[int, int], float | None]]
+    ] = {}
     left_out = shortened = repeated = 0
     for pair in pairs:
         sides = [tuple(render_response(tokenizer, text)) for text in (pair.chosen, pair.rejected)]
@@ -90,8 +93,8 @@ def ranked_tokens(tokenizer: Any, pairs: Sequence[Pair], max_length: int) -> tup
         responses, order = grouped.setdefault((pair.source, prompt), ({}, {}))
         better, worse = (responses.setdefault(side, len(responses)) for side in sides)
         repeated += (better, worse) in order
-        order[better, worse] = None
-    rows = [RankedTokens(p, tuple(r), tuple(o), source) for (source, p), (r, o) in grouped.items()]
+        order[better, worse] = pair.gap
+    rows = [RankedTokens(p, tuple(r), tuple(o), source, tuple(o.values())) for (source, p), (r, o) in grouped.items()]
     if not rows:
         raise DataError(f"none of {len(pairs)} pairs fits into {max_length} tokens; raise max_length")
     report = f"{left_out} longer than {max_length} tokens left out, {shortened} lost old turns"

@@ -18,11 +18,11 @@ from ppomax.types import SetupError, TokenBatch
 
 @dataclass(frozen=True)
 class Players:
-    """Policy and critic are trained, reference and reward terms are frozen."""
+    """Policy and critic (where there is one) are trained, reference and reward terms are frozen."""
 
     policy: Policy
     reference: Policy
-    critic: Scalar
+    critic: Scalar | None
     terms: list[Term]
     tokenizer: Any
     compute: Compute
@@ -43,15 +43,19 @@ def load_players(config: PPOConfig, compute: Compute, tokenizer: Any, reward: Re
     terms = [Term(function_name(reward), 1.0, reward)] if reward is not None else load_terms(
         config.reward, tokenizer, compute, config.compute
     )  # fmt: skip
-    critic = _load_critic(config, compute, tokenizer, terms)
+    critic = _load_critic(config, config.critic.init, compute, tokenizer, terms) if config.critic.init else None
     policy = Policy(
         load_causal_lm(config.policy, compute), train_layers=layers, trained=True,
         checkpointing=config.compute.gradient_checkpointing,
     )  # fmt: skip
-    reference = Policy(load_causal_lm(config.policy, compute), train_layers=layers, trained=False)
+    frozen = config.reference or config.policy
+    if frozen != config.policy and not same_vocabulary(load_tokenizer(frozen), tokenizer):
+        raise SetupError(f"reference: {frozen} has another vocabulary than the policy {config.policy}")
+    reference = Policy(load_causal_lm(frozen, compute), train_layers=layers, trained=False)
     if layers is not None:
         share_trunk(policy, reference, roles=("policy", "reference"))
-        share_trunk(policy, critic, roles=("policy", "critic"))
+        if critic is not None:
+            share_trunk(policy, critic, roles=("policy", "critic"))
         for term in terms:
             if isinstance(term.reward, RewardModel) and term.reward.reads_ids:
                 share_trunk(policy, term.reward.scalar, roles=("policy", f"reward {term.name}"))
@@ -79,8 +83,7 @@ def load_reward_model(spec: str, tokenizer: Any, compute: Compute, config: Model
     return RewardModel(spec, scalar, own, reads_ids, config.tokens_per_microbatch, int(length))
 
 
-def _load_critic(config: PPOConfig, compute: Compute, tokenizer: Any, terms: list[Term]) -> Scalar:
-    init = config.critic.init
+def _load_critic(config: PPOConfig, init: str, compute: Compute, tokenizer: Any, terms: list[Term]) -> Scalar:
     name: str
     seed: int | None = None
     if init == "reward":

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from ppomax.config import PPOConfig
 from ppomax.models.load import export, export_scalar
 from ppomax.monitor.progress import progress
 from ppomax.rewards.callables import RewardFunction, function_name
-from ppomax.rl.returns import gae, lambda_returns, monte_carlo
-from ppomax.rl.shaping import Moments, missing_eos_penalty, normalise_and_clip, token_rewards
 from ppomax.rollout.collect import collect, iteration_prompts, response_texts
+from ppomax.stages.estimate import estimate, seen
 from ppomax.stages.ppo_log import Clock, metrics_row, note, raise_alarms, sample_rows
 from ppomax.stages.ppo_setup import prepare, state_of
 from ppomax.stages.scoring import plan_minibatches, score
 from ppomax.stages.session import Session, session
-from ppomax.stages.update import update
-from ppomax.types import Experience, ScoredRollouts
+from ppomax.stages.update import distance_moved, update
 
 
 def ppo(
@@ -58,60 +54,29 @@ def train(run: Session, config: PPOConfig, reward: RewardFunction | None) -> dic
                 )  # fmt: skip
                 scored, statistics = score(
                     job.players, rollout, plan, texts, temperature=config.sampling.temperature,
-                    bootstrap=config.score.truncated == "bootstrap",
+                    bootstrap=config.score.truncated == "bootstrap", full_kl=config.kl.estimator == "full",
                 )  # fmt: skip
-            job.moments = seen(scored, job.moments, config)
+            job.seen = seen(scored, job.seen, config)
             if iteration == 0:
                 scored = job.scale_critic(scored)
             with clock("train"):
-                experience, rewards_BR = estimate(scored, job.moments, config)
+                experience, rewards_BR = estimate(scored, job.seen, config, kl_coefficient=job.steering.kl)
                 totals = update(
-                    job.players, job.optimisers, experience, plan, config, iteration=iteration, ptx=job.ptx
+                    job.players, job.optimisers, experience, plan, config, iteration=iteration, ptx=job.ptx,
+                    steering=job.steering,
                 )  # fmt: skip
             row = metrics_row(iteration, config, scored, statistics, experience, rewards_BR, totals, texts, job, clock)
+            if config.objective.penalty_target is not None:
+                row["distance_moved"] = distance_moved(job.players, experience, plan, config)
             row["alarms"] = raise_alarms(job.history, row)
+            job.steer(row)
             run.append(row)
             job.keep_samples(run, sample_rows(iteration, scored, texts))
             advance(note=note(row))
-            last = iteration == config.iterations - 1 or job.must_stop(row)
+            last = iteration == job.last_iteration or job.must_stop(row)
             run.checkpoint(iteration, last, lambda: state_of(job))
             if last:
                 break
     job.export_critic(run, export_scalar)
-    return run.finish(lambda folder: export(job.players.policy.model, job.players.tokenizer, folder), job.summary())
-
-
-def seen(scored: ScoredRollouts, moments: Moments, config: PPOConfig) -> Moments:
-    """The score history with this batch included; bootstrapped rows carry no score and stay out."""
-    counted = (
-        ~scored.rollout.truncated_B if config.score.truncated == "bootstrap" else torch.ones_like(scored.score_B) > 0
-    )
-    return moments.update(scored.score_B[counted].tolist())
-
-
-def estimate(scored: ScoredRollouts, moments: Moments, config: PPOConfig) -> tuple[Experience, torch.Tensor]:
-    """Scores → rewards per token [B, R] → advantages and returns, in the order that CORRECTNESS demands."""
-    rollout, mask = scored.rollout, scored.rollout.mask_BR
-    score_B = scored.score_B
-    if config.score.normalise:
-        score_B = normalise_and_clip(score_B, moments, clip=config.score.clip)
-    elif config.score.clip is not None:
-        score_B = score_B.clamp(-config.score.clip, config.score.clip)
-    if config.score.truncated == "bootstrap":
-        score_B = torch.where(rollout.truncated_B, 0.0, score_B)
-    if config.score.missing_eos_penalty is not None:
-        score_B = score_B + missing_eos_penalty(rollout.truncated_B, penalty=config.score.missing_eos_penalty)
-    rewards_BR = token_rewards(
-        score_B, scored.old_logprobs_BR, scored.reference_logprobs_BR, mask,
-        kl_coefficient=config.kl.coefficient or 0.0, dense=scored.dense_BR,
-    )  # fmt: skip
-    advantages_BR = gae(
-        rewards_BR, scored.values_BR, mask, gamma=config.gamma, gae_lambda=config.gae_lambda,
-        bootstrap=scored.bootstrap_B,
-    )  # fmt: skip
-    if config.critic.target == "monte_carlo":
-        returns_BR = monte_carlo(rewards_BR, mask, gamma=config.gamma, bootstrap=scored.bootstrap_B)
-    else:
-        returns_BR = lambda_returns(advantages_BR, scored.values_BR, mask)
-    experience = Experience(rollout, scored.old_logprobs_BR, scored.values_BR, advantages_BR, returns_BR)
-    return experience, rewards_BR
+    with job.averaged(run, export):
+        return run.finish(lambda folder: export(job.players.policy.model, job.players.tokenizer, folder), job.summary())

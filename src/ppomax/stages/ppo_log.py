@@ -58,7 +58,7 @@ def metrics_row(
     gap_BR = (rollout.behaviour_logprobs_BR - scored.old_logprobs_BR).abs()
     row: dict[str, Any] = {
         "iteration": iteration,
-        "phase": "critic" if iteration < config.critic.pretrain_iterations else "policy",
+        "phase": "critic" if job.steering.pretraining(iteration, config) else "policy",
         "score_mean": float(scored.score_B.mean()),
         "score_std": float(scored.score_B.std(correction=0)),
         **{f"score/{name}": float(value.mean()) for name, value in scored.components.items()},
@@ -69,14 +69,16 @@ def metrics_row(
         "kl_per_token": float(masked_mean(kl_BR, mask)),
         "kl_per_sequence": float(masked_sum(kl_BR, mask) / B),
         "kl_k3_per_sequence": float(masked_sum(k3(scored.old_logprobs_BR, scored.reference_logprobs_BR), mask) / B),
-        "kl_coefficient": config.kl.coefficient or 0.0,
+        "kl_coefficient": job.steering.kl,
         "response_length": float(length_B.mean()),
         "response_length_finished": float(length_B[finished].mean()) if bool(finished.any()) else math.nan,
         "truncated_share": float(rollout.truncated_B.float().mean()),
         "perplexity": math.exp(-float(masked_mean(statistics.plain_logprobs_BR, mask))),
         "entropy": float(masked_mean(statistics.entropy_BR, mask)),
         "behaviour_gap": float(masked_mean(gap_BR, mask)),
-        "explained_variance": float(explained_variance(scored.values_BR, experience.returns_BR, mask)),
+        "explained_variance": float(explained_variance(scored.values_BR, experience.returns_BR, mask))
+        if job.players.critic is not None
+        else math.nan,
         "advantage_std": float(torch.sqrt(masked_mean(experience.advantages_BR.square(), mask))),
         **totals.means(),
         **text_health([p.messages[-1]["content"] for p in rollout.prompts], texts),
@@ -84,6 +86,12 @@ def metrics_row(
         "tokens/read": int(rollout.length_B.sum()) + sum(map(len, rollout.prompt_ids)),
         "peak_memory_gib": _peak_memory_gib(job.players.compute.device),
     }
+    if scored.full_kl_BR is not None:
+        row["kl_full_per_sequence"] = float(masked_sum(scored.full_kl_BR, mask) / B)
+    if config.objective.kind == "penalty":
+        row["penalty"] = job.steering.penalty
+    if config.objective.target_kl is not None:
+        row["stopped_early"] = totals.stopped_early
     if job.judge is not None:
         columns = shared_columns([p.columns for p in rollout.prompts])
         judged, _ = call(job.judge, [p.messages for p in rollout.prompts], texts, columns, name="judge")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
 from ppomax.config import PPOConfig
 from ppomax.data.readers import read_dialogues
+from ppomax.engine.averaging import MovingAverage
 from ppomax.engine.durable import disk_errors
 from ppomax.engine.optimiser import Optimiser
 from ppomax.engine.rundir import save_final
@@ -17,9 +19,12 @@ from ppomax.models.load import load_tokenizer
 from ppomax.monitor.log import append_samples, read_metrics
 from ppomax.rewards.callables import RewardFunction, load_function
 from ppomax.rewards.model import RewardModel
+from ppomax.rl.convergence import has_converged
+from ppomax.rl.kl import adaptive_coefficient, penalty_coefficient
 from ppomax.rl.shaping import Moments
 from ppomax.rollout.collect import eos_token_ids
 from ppomax.rollout.sampler import Distribution
+from ppomax.stages.estimate import History
 from ppomax.stages.inputs import (
     Tokens,
     compute_of,
@@ -31,10 +36,11 @@ from ppomax.stages.inputs import (
 from ppomax.stages.players import Players, load_players
 from ppomax.stages.session import Session
 from ppomax.stages.sft import adamw, schedule
-from ppomax.stages.update import Optimisers
+from ppomax.stages.update import Optimisers, Steering
 from ppomax.types import Prompt, ScoredRollouts, SetupError
 
 SAMPLES_KEPT = 8
+PRETRAIN_WINDOW = 2
 
 
 @dataclass
@@ -50,7 +56,8 @@ class Job:
     judge: RewardFunction | None
     distribution: Distribution
     eos_ids: list[int]
-    moments: Moments = field(default_factory=Moments)
+    steering: Steering
+    seen: History = field(default_factory=History)
     history: list[dict[str, Any]] = field(default_factory=list)
     start: int = 0
 
@@ -59,14 +66,47 @@ class Job:
         """Distinct prompts of one rollout batch."""
         return self.config.rollout_batch // self.config.samples_per_prompt
 
+    @property
+    def moments(self) -> Moments:
+        """The history of all scores."""
+        return self.seen.scores
+
+    @property
+    def last_iteration(self) -> int:
+        """The policy's iterations are a fixed number; pre-training that ends early ends the run earlier."""
+        cap = self.config.critic.pretrain_iterations
+        return self.config.iterations - 1 - (0 if self.steering.pretrained is None else cap - self.steering.pretrained)
+
+    def steer(self, row: Mapping[str, Any]) -> None:
+        """What moves between iterations, at most once each: η, β, and the end of the critic's pre-training."""
+        config, iteration = self.config, int(row["iteration"])
+        pretraining = self.steering.pretraining(iteration, config)
+        if config.critic.pretrain_tolerance is not None and pretraining:
+            losses = [past["value_loss"] for past in self.history if past["phase"] == "critic"]
+            flat = has_converged(losses, window=PRETRAIN_WINDOW, tolerance=config.critic.pretrain_tolerance)
+            if flat and row["explained_variance"] > 0:
+                self.steering.pretrained = iteration + 1
+        if config.kl.target is not None and not pretraining:
+            self.steering.kl = adaptive_coefficient(
+                self.steering.kl, row["kl_per_sequence"], target=config.kl.target, horizon=config.kl.horizon,
+                samples=config.rollout_batch,
+            )  # fmt: skip
+        if config.objective.penalty_target is not None and not pretraining:
+            self.steering.penalty = penalty_coefficient(
+                self.steering.penalty, row["distance_moved"], target=config.objective.penalty_target
+            )
+
     def scale_critic(self, scored: ScoredRollouts) -> ScoredRollouts:
         """Bring a critic that came from the reward model to the unit of normalised scores: head and values × 1/σ."""
-        if not self.config.score.normalise or self.config.critic.init != "reward" or self.moments.std == 0:
+        critic, optimiser = self.players.critic, self.optimisers.critic
+        if critic is None or optimiser is None or self.config.critic.init != "reward":
+            return scored
+        if not self.config.score.normalise or self.moments.std == 0:
             return scored
         factor = 1.0 / self.moments.std
-        for name in self.players.critic.trained_parameters():
+        for name in critic.trained_parameters():
             if name.startswith("score."):
-                self.optimisers.critic.scale(name, factor)
+                optimiser.scale(name, factor)
         return replace(scored, values_BR=scored.values_BR * factor, bootstrap_B=scored.bootstrap_B * factor)
 
     def keep_samples(self, run: Session, rows: list[dict[str, Any]]) -> None:
@@ -77,7 +117,7 @@ class Job:
     def remaining(self) -> range:
         """The iterations still to do; none if a stop alarm had ended the run before it was interrupted."""
         stopped = bool(self.history) and self.must_stop(self.history[-1])
-        return range(self.start, self.start if stopped else self.config.iterations)
+        return range(self.start, self.start if stopped else self.last_iteration + 1)
 
     def must_stop(self, row: Mapping[str, Any]) -> bool:
         """Whether an alarm of severity stop ends the run."""
@@ -85,9 +125,20 @@ class Job:
 
     def export_critic(self, run: Session, write: Any) -> None:
         """The critic, in the layout of a sequence classifier, beside final/."""
-        save_final(
-            run.run.path / "critic", lambda folder: write(self.players.critic.model, self.players.tokenizer, folder)
-        )
+        critic = self.players.critic
+        if critic is not None:
+            save_final(run.run.path / "critic", lambda folder: write(critic.model, self.players.tokenizer, folder))
+
+    @contextmanager
+    def averaged(self, run: Session, write: Any) -> Iterator[None]:
+        """With a moving average: the policy as it was trained goes to last/, the average into the model for final/."""
+        average, policy = self.optimisers.average, self.players.policy
+        if average is None:
+            yield
+            return
+        save_final(run.run.path / "last", lambda folder: write(policy.model, self.players.tokenizer, folder))
+        with average.inside(policy.trained_parameters()):
+            yield
 
     def summary(self) -> dict[str, Any]:
         """The run in a few numbers: first and last of what matters."""
@@ -114,20 +165,18 @@ def prepare(run: Session, config: PPOConfig, reward: RewardFunction | None) -> J
     players = load_players(config, compute, tokenizer, reward)
     longest = max(map(len, prompt_ids)) + config.sampling.max_new_tokens
     for role, player in (("policy", players.policy), ("critic", players.critic)):
-        context_limit(player.model, longest, f"{role}: longest prompt + response")
-    optimisers = Optimisers(
-        Optimiser(players.policy.trained_parameters(), **adamw(config.optim)),
-        Optimiser(players.critic.trained_parameters(), **adamw(config.critic.optim)),
-    )
+        if player is not None:
+            context_limit(player.model, longest, f"{role}: longest prompt + response")
+    optimisers = _optimisers(players, config)
     job = Job(
         config, players, optimisers, prompts, prompt_ids, ptx, judge,
         distribution=Distribution(config.sampling.temperature),
-        eos_ids=eos_token_ids(players.policy.model, tokenizer),
+        eos_ids=eos_token_ids(players.policy.model, tokenizer), steering=Steering.start(config),
     )  # fmt: skip
     _print_plan(run, job, report, ptx_report)
-    run.rehearse(optimisers.policy.bytes() + optimisers.critic.bytes())
+    run.rehearse(_state_bytes(optimisers))
     models = [term.reward.name for term in players.terms if isinstance(term.reward, RewardModel)]
-    restored = run.restore(frozen=[config.policy, *models])
+    restored = run.restore(frozen=[config.policy, *([config.reference] if config.reference else []), *models])
     if restored is not None:
         _restore(job, *restored)
         job.history = [row for row in read_metrics(run.run.metrics) if row["iteration"] < job.start]
@@ -135,19 +184,28 @@ def prepare(run: Session, config: PPOConfig, reward: RewardFunction | None) -> J
 
 
 def state_of(job: Job) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What a checkpoint holds: masters and moments of both trained players, and the score history.
+    """What a checkpoint holds: masters and moments of the trained players, the average, the history, the steering.
 
     Data position, schedules and random streams are functions of the iteration number.
     """
     tensors = {f"policy/{name}": t for name, t in job.optimisers.policy.state_tensors().items()}
-    tensors |= {f"critic/{name}": t for name, t in job.optimisers.critic.state_tensors().items()}
-    return tensors, {"moments": job.moments.to_dict()}
+    if job.optimisers.critic is not None:
+        tensors |= {f"critic/{name}": t for name, t in job.optimisers.critic.state_tensors().items()}
+    if job.optimisers.average is not None:
+        tensors |= {f"average/{name}": t for name, t in job.optimisers.average.means.items()}
+    return tensors, {"seen": job.seen.to_dict(), "steering": asdict(job.steering)}
 
 
 def _restore(job: Job, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
-    for role, optimiser in (("policy/", job.optimisers.policy), ("critic/", job.optimisers.critic)):
-        optimiser.load_state_tensors({k.removeprefix(role): t for k, t in tensors.items() if k.startswith(role)})
-    job.moments = Moments.from_dict(state["moments"])
+    def of(role: str) -> dict[str, Tensor]:
+        return {k.removeprefix(role): t for k, t in tensors.items() if k.startswith(role)}
+
+    job.optimisers.policy.load_state_tensors(of("policy/"))
+    if job.optimisers.critic is not None:
+        job.optimisers.critic.load_state_tensors(of("critic/"))
+    if job.optimisers.average is not None:
+        job.optimisers.average.load(of("average/"))
+    job.seen, job.steering = History.from_dict(state["seen"]), Steering(**state["steering"])
     job.start = int(state["iteration"]) + 1
 
 
@@ -157,6 +215,7 @@ def _expect_possible(config: PPOConfig) -> None:
         if batch % size:
             fitting = max(d for d in range(1, min(size, batch) + 1) if batch % d == 0)
             raise SetupError(f"{name}: found {size}, expected a divisor of rollout_batch {batch}, such as {fitting}")
+    _expect_consistent(config)
     if config.critic.pretrain_iterations >= config.iterations:
         raise SetupError(
             f"critic.pretrain_iterations: found {config.critic.pretrain_iterations}, expected less than iterations "
@@ -174,6 +233,62 @@ def _expect_possible(config: PPOConfig) -> None:
         raise SetupError("ptx_data: found data but no weight; give --ptx-weight, e.g. 0.1, or leave the data out")
 
 
+def _expect_consistent(config: PPOConfig) -> None:
+    """Refuse settings that contradict each other."""
+    objective, alone = config.objective, config.samples_per_prompt == 1
+    contradictions = (
+        (config.critic.init is None and config.needs_critic, "critic.init",
+         "None, but the advantage or the baseline needs a critic; expected 'reward', 'policy' or a directory"),
+        (config.critic.init is None and config.critic.pretrain_iterations > 0, "critic.pretrain_iterations",
+         f"{config.critic.pretrain_iterations} without a critic; expected 0"),
+        (alone and config.baseline in ("leave_one_out", "group_normalise") and not config.needs_critic,
+         "samples_per_prompt", f"1 with baseline {config.baseline}; expected at least 2"),
+        (config.advantage == "rewards_to_go" and config.baseline == "group_normalise", "baseline",
+         "group_normalise with advantage rewards_to_go; expected advantage whole_return"),
+        (config.critic.init is None and config.score.truncated == "bootstrap", "score.truncated",
+         "bootstrap without a critic, whose value it takes; expected score"),
+        (config.score.scale and config.score.normalise, "score.scale",
+         "True beside score.normalise; expected one of the two (--score.normalise False)"),
+        (config.score.by_source and not config.score.normalise, "score.by_source",
+         "True without score.normalise"),
+        (config.kl.target is not None and config.kl.coefficient is None, "kl.target",
+         "a target without a coefficient to start from; give kl.coefficient"),
+        (config.kl.place == "loss" and config.kl.estimator == "k1", "kl.estimator",
+         "k1 in the loss, where its gradient is 0 in expectation; expected k2, k3 or full"),
+        (objective.penalty_target is not None and objective.kind != "penalty", "objective.penalty_target",
+         f"a target with objective {objective.kind}; expected objective.kind penalty"),
+        (objective.dual_clip is not None and objective.kind != "clip", "objective.dual_clip",
+         f"a number with objective {objective.kind}; expected objective.kind clip"),
+        (objective.entropy_clip is not None and objective.entropy_weight is None, "objective.entropy_clip",
+         "a number without objective.entropy_weight"),
+        (objective.kind == "trpo" and config.ptx_weight is not None, "ptx_weight",
+         "a weight with objective trpo, whose step has no room for other terms; expected None"),
+        (objective.kind == "trpo" and (objective.entropy_weight is not None or config.kl.place == "loss"),
+         "objective.kind", "trpo with an entropy bonus or a KL in the loss; expected neither"),
+    )  # fmt: skip
+    for wrong, name, found in contradictions:
+        if wrong:
+            raise SetupError(f"{name}: found {found}")
+
+
+def _optimisers(players: Players, config: PPOConfig) -> Optimisers:
+    policy = Optimiser(players.policy.trained_parameters(), **adamw(config.optim))
+    if config.objective.kind == "trpo" and any(m is not policy.parameters[n] for n, m in policy.masters.items()):
+        raise SetupError(f"compute.dtype: found {players.compute.dtype} with objective trpo, expected float32")
+    critic = None
+    if players.critic is not None:
+        critic = Optimiser(players.critic.trained_parameters(), **adamw(config.critic.optim))
+    average = None if config.ema is None else MovingAverage(policy.masters, decay=config.ema)
+    return Optimisers(policy, critic, average)
+
+
+def _state_bytes(optimisers: Optimisers) -> int:
+    sizes = [optimisers.policy.bytes(), 0 if optimisers.critic is None else optimisers.critic.bytes()]
+    if optimisers.average is not None:
+        sizes.append(sum(4 * mean.numel() for mean in optimisers.average.means.values()))
+    return sum(sizes)
+
+
 def _read_ptx(tokenizer: Any, config: PPOConfig) -> tuple[list[Tokens], str]:
     if not config.ptx_data:
         return [], "off"
@@ -188,7 +303,7 @@ def _print_plan(run: Session, job: Job, report: str, ptx_report: str) -> None:
     policy_steps = (config.iterations - config.critic.pretrain_iterations) * steps
     passes = config.iterations * job.prompts_per_iteration / len(job.prompts)
     weights = sum(t.numel() * t.element_size() for t in _distinct_parameters(players))
-    states = job.optimisers.policy.bytes() + job.optimisers.critic.bytes()
+    states = _state_bytes(job.optimisers)
     vocabulary = players.policy.model.config.vocab_size  # type: ignore[union-attr]
     longest = max(map(len, job.prompt_ids)) + config.sampling.max_new_tokens
     run.plan(
@@ -203,7 +318,7 @@ def _print_plan(run: Session, job: Job, report: str, ptx_report: str) -> None:
             "steps": f"{steps} an iteration ({config.minibatch} responses each, {config.epochs} epochs), "
             f"{policy_steps} in all",
             "policy": schedule(config.optim, policy_steps),
-            "critic": schedule(config.critic.optim, policy_steps),
+            "critic": "none" if players.critic is None else schedule(config.critic.optim, policy_steps),
             "ptx": ptx_report,
             "compute": f"{players.compute.device}, {str(players.compute.dtype)[6:]}, vocabulary {vocabulary:,}, "
             f"sequences up to {longest} tokens",
@@ -213,7 +328,7 @@ def _print_plan(run: Session, job: Job, report: str, ptx_report: str) -> None:
 
 
 def _distinct_parameters(players: Players) -> list[Tensor]:
-    models = [players.policy, players.reference, players.critic]
+    models = [players.policy, players.reference, *([] if players.critic is None else [players.critic])]
     models += [t.reward.scalar for t in players.terms if isinstance(t.reward, RewardModel)]
     return list({id(p): p for m in models for p in m.parameters()}.values())
 

@@ -46,6 +46,10 @@ def _train(run: Session, config: RewardConfig) -> dict[str, Any]:
     tokenizer = load_tokenizer(config.model, config.compute.chat_template)
     rows, cut = ranked_tokens(tokenizer, learn, config.max_length)
     heldout = ranked_tokens(tokenizer, held, config.max_length)[0] if held else []
+    if config.margin is not None and any(gap is None for row in rows for gap in row.gaps):
+        raise DataError(
+            "margin: found pairs without `score_chosen` and `score_rejected`, expected both in every row; leave it None"
+        )
     first = _epoch(rows, config, 0)
     steps = config.max_steps or max(1, round(config.epochs * len(first)))
     model = reward_player(config.model, compute, config, trained=True)
@@ -61,7 +65,8 @@ def _train(run: Session, config: RewardConfig) -> dict[str, Any]:
             "pairs": f"{sum(pairs)} of {len(rows)} prompts to learn, {sum(len(r.pairs) for r in heldout)} of "
             f"{len(heldout)} held out; {min(pairs)}–{max(pairs)} pairs a step by tokens",
             "steps": f"{steps} ({steps / len(first):.2f} epochs of {len(first)})",
-            "loss": f"{config.ranking_weight:g} × ranking + {config.lm_weight or 0:g} × LM on the preferred response",
+            "loss": f"{config.ranking_weight:g} × ranking + {config.lm_weight or 0:g} × LM on the preferred response"
+            + (f", margin {config.margin:g} × score gap" if config.margin else ""),
             "schedule": schedule(config.optim, steps),
             "compute": f"{compute.device}, {str(compute.dtype)[6:]}; checkpoints of {size / 2**30:.2f} GiB",
         },
@@ -164,7 +169,9 @@ def _step(
             model, rows, _picked(states, members), with_lm=config.lm_weight is not None
         )
         weight_B = torch.tensor([1.0 / len(row.pairs) for row in rows for _ in row.pairs], device=chosen_B.device)
-        ranking = ranking_loss(chosen_B, rejected_B, weight_B=weight_B, denom=len(batch))
+        gaps = [gap or 0.0 for row in rows for gap in row.gaps]
+        margin_B = (config.margin or 0.0) * torch.tensor(gaps, device=chosen_B.device)
+        ranking = ranking_loss(chosen_B, rejected_B, weight_B=weight_B, margin=margin_B, denom=len(batch))
         loss = config.ranking_weight * ranking
         if lm is not None and config.lm_weight is not None:
             logprobs_BT, mask_BT = lm

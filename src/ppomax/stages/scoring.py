@@ -69,18 +69,21 @@ def _batch(rollout: Rollout, responses: list[list[int]], rows: Sequence[int], pl
 @torch.no_grad()
 def score(
     players: Players, rollout: Rollout, plan: list[list[Microbatch]], texts: list[str], *, temperature: float,
-    bootstrap: bool,
+    bootstrap: bool, full_kl: bool = False,
 ) -> tuple[ScoredRollouts, TokenStatistics]:  # fmt: skip
     """Old, reference and critic readings and every reward term of a rollout; nothing is shaped yet."""
     B, R = rollout.response_ids_BR.shape
-    old, reference, values, entropy, plain = (torch.zeros(B, R) for _ in range(5))
+    old, reference, values, entropy, plain, exact_kl = (torch.zeros(B, R) for _ in range(6))
     after_B = torch.zeros(B)
     components, dense_BR = score_texts(players.terms, rollout, texts)
     readers = [t for t in players.terms if isinstance(t.reward, RewardModel) and t.reward.reads_ids]
     components |= {term.name: torch.zeros(B) for term in readers}
     for micro in (m for group in plan for m in group):
         index, width = torch.tensor(micro.rows), micro.batch.response_width
-        scores = players.policy(micro.batch, temperature=temperature, statistics=True)
+        against = players.reference if full_kl else None
+        scores = players.policy(micro.batch, temperature=temperature, statistics=True, against=against)
+        if scores.kl_BT is not None:
+            exact_kl[index, :width] = at_responses(scores.kl_BT, micro.batch).cpu()
         for target, source in (
             (old, scores.logprobs_BT),
             (entropy, scores.entropy_BT),
@@ -88,14 +91,16 @@ def score(
             (reference, players.reference(micro.batch, temperature=temperature).logprobs_BT),
         ):
             target[index, :width] = at_responses(source, micro.batch).cpu()
-        values_BT = players.critic(micro.batch).values_BT
-        values[index, :width] = at_responses(values_BT, micro.batch, before=True).cpu()
-        after_B[index] = at_end(values_BT, micro.batch).cpu()
+        if players.critic is not None:
+            values_BT = players.critic(micro.batch).values_BT
+            values[index, :width] = at_responses(values_BT, micro.batch, before=True).cpu()
+            after_B[index] = at_end(values_BT, micro.batch).cpu()
         for term in readers:
             assert isinstance(term.reward, RewardModel)
             components[term.name][index] = term.reward.score_ids(micro.batch).cpu()
     bootstrap_B = torch.where(rollout.truncated_B, after_B, 0.0) if bootstrap else torch.zeros(B)
     scored = ScoredRollouts(
-        rollout, old, reference, values, weighted_sum(players.terms, components), components, bootstrap_B, dense_BR
+        rollout, old, reference, values, weighted_sum(players.terms, components), components, bootstrap_B, dense_BR,
+        exact_kl if full_kl else None,
     )  # fmt: skip
     return scored, TokenStatistics(entropy, plain)

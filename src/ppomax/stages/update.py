@@ -6,16 +6,22 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
+from torch import Tensor
+
 from ppomax.config import PPOConfig
 from ppomax.data.batches import epoch_order
+from ppomax.engine.averaging import MovingAverage
 from ppomax.engine.optimiser import Optimiser, learning_rate
 from ppomax.models.players import at_responses
-from ppomax.rl.masked import whiten
-from ppomax.rl.objectives import clipped_policy_loss, nll_loss, ratio_statistics, value_loss
+from ppomax.rl.objectives import nll_loss, ratio_statistics, value_loss
+from ppomax.rl.shaping import normalise_advantages
 from ppomax.stages.inputs import Tokens
+from ppomax.stages.objective import policy_loss
 from ppomax.stages.players import Players
 from ppomax.stages.scoring import Microbatch
 from ppomax.stages.sft import microbatches, packed, rate
+from ppomax.stages.trust_region import trust_region_step
 from ppomax.types import Experience
 
 WHITEN_EPS = 1e-8
@@ -31,6 +37,7 @@ class Totals:
     steps: int = 0
     tokens: float = 0.0
     skipped: int = 0
+    stopped_early: bool = False
 
     def add(self, name: str, value: float) -> None:
         """Add to a per-step sum."""
@@ -45,40 +52,56 @@ class Totals:
 
 @dataclass(frozen=True)
 class Optimisers:
-    """One for each trained player."""
+    """One for each trained player, and the policy's moving average where it is on."""
 
     policy: Optimiser
-    critic: Optimiser
+    critic: Optimiser | None
+    average: MovingAverage | None = None
+
+
+@dataclass
+class Steering:
+    """What moves between iterations: η, β, and how many iterations the critic's pre-training took (None: not over)."""
+
+    kl: float
+    penalty: float
+    pretrained: int | None = None
+
+    @classmethod
+    def start(cls, config: PPOConfig) -> Steering:
+        """The configured values."""
+        return cls(config.kl.coefficient or 0.0, config.objective.penalty)
+
+    def pretraining(self, iteration: int, config: PPOConfig) -> bool:
+        """Whether only the critic learns in this iteration."""
+        return iteration < (config.critic.pretrain_iterations if self.pretrained is None else self.pretrained)
 
 
 def update(
     players: Players, optimisers: Optimisers, experience: Experience, plan: list[list[Microbatch]], config: PPOConfig,
-    *, iteration: int, ptx: Sequence[Tokens],
+    *, iteration: int, ptx: Sequence[Tokens], steering: Steering | None = None,
 ) -> Totals:  # fmt: skip
     """Algorithm 1's last two lines. While the critic is pre-trained, the policy does not move."""
-    pretraining = iteration < config.critic.pretrain_iterations
+    steering = steering or Steering.start(config)
+    pretraining = steering.pretraining(iteration, config)
     epochs = config.critic.pretrain_epochs if pretraining else config.epochs
-    first = (iteration - config.critic.pretrain_iterations) * config.epochs * len(plan)
-    total = (config.iterations - config.critic.pretrain_iterations) * config.epochs * len(plan)
+    cap = config.critic.pretrain_iterations
+    first = (iteration - (cap if steering.pretrained is None else steering.pretrained)) * config.epochs * len(plan)
+    total = (config.iterations - cap) * config.epochs * len(plan)
     totals, failures = Totals(), 0
     for epoch in range(epochs):
         for number, which in enumerate(epoch_order(len(plan), seed=config.seed, epoch=iteration * epochs + epoch)):
             step = first + epoch * len(plan) + number
-            _backward(players, experience, plan[which], config, pretraining, totals)
+            kl = _backward(players, experience, plan[which], config, steering, pretraining, totals)
+            if config.objective.target_kl is not None and kl > config.objective.target_kl:
+                totals.stopped_early = True
+                _forget(optimisers)
+                return totals
             if ptx and config.ptx_weight is not None and not pretraining:
                 _backward_ptx(players, ptx, step, config, totals)
-            rates = {"critic": config.critic.optim.lr}
-            if not pretraining:
-                rates = {
-                    "policy": learning_rate(step, total, **rate(config.optim)),
-                    "critic": learning_rate(step, total, **rate(config.critic.optim)),
-                }
-            norms = {role: getattr(optimisers, role).step(lr) for role, lr in rates.items()}
-            for role, norm in norms.items():
-                totals.add(f"grad_norm_{role}", norm)
-                totals.add(f"lr_{role}", rates[role])
+            norms = _step(players, optimisers, experience, plan[which], config, pretraining, step, total, totals)
             totals.steps += 1
-            finite = all(map(math.isfinite, norms.values()))
+            finite = all(map(math.isfinite, norms))
             failures = 0 if finite else failures + 1
             totals.skipped += not finite
             if failures >= NONFINITE_IN_A_ROW:
@@ -89,47 +112,117 @@ def update(
     return totals
 
 
-def _backward(
-    players: Players, experience: Experience, minibatch: list[Microbatch], config: PPOConfig, pretraining: bool,
-    totals: Totals,
-) -> None:  # fmt: skip
-    """Add the gradients of one minibatch: every term is a sum over tokens divided by the minibatch's tokens."""
-    rows = [i for micro in minibatch for i in micro.rows]
-    part = experience.take(rows)
-    mask = part.rollout.mask_BR
-    advantages = part.advantages_BR
+def _step(
+    players: Players, optimisers: Optimisers, experience: Experience, minibatch: list[Microbatch], config: PPOConfig,
+    pretraining: bool, step: int, total: int, totals: Totals,
+) -> list[float]:  # fmt: skip
+    """One step of each player that learns, on the gradients collected so far; their norms."""
+    norms = {}
+    if optimisers.critic is not None:
+        optim = config.critic.optim
+        lr = optim.lr if pretraining else learning_rate(step, total, **rate(optim))
+        norms["critic"] = optimisers.critic.step(lr)
+        totals.add("lr_critic", lr)
+    if not pretraining and config.objective.kind == "trpo":
+        part = experience.take([i for micro in minibatch for i in micro.rows])
+        advantages_BR = _normalised(part, config)
+        moved = trust_region_step(players.policy, optimisers.policy, part, minibatch, advantages_BR, config)
+        norms["policy"] = moved.pop("grad_norm_policy")
+        for name, value in moved.items():
+            totals.add(name, value)
+    elif not pretraining:
+        lr = learning_rate(step, total, **rate(config.optim))
+        norms["policy"] = optimisers.policy.step(lr)
+        totals.add("lr_policy", lr)
+    if not pretraining and optimisers.average is not None and math.isfinite(norms["policy"]):
+        optimisers.average.update(optimisers.policy.masters)
+    for role, norm in norms.items():
+        totals.add(f"grad_norm_{role}", norm)
+    return list(norms.values())
+
+
+def _forget(optimisers: Optimisers) -> None:
+    optimisers.policy.zero_grad()
+    if optimisers.critic is not None:
+        optimisers.critic.zero_grad()
+
+
+def _normalised(part: Experience, config: PPOConfig) -> Tensor:
+    """The minibatch's advantages [B, R], whitened and clipped where the configuration says so."""
     if config.whiten_advantages:
-        advantages = whiten(advantages, mask, eps=WHITEN_EPS)
+        mask = part.rollout.mask_BR
+        return normalise_advantages(part.advantages_BR, mask, eps=WHITEN_EPS, clip=config.advantage_clip)
     if config.advantage_clip is not None:
-        advantages = advantages.clamp(-config.advantage_clip, config.advantage_clip)
-    denom = float(mask.sum())
-    device, start = players.compute.device, 0
+        return part.advantages_BR.clamp(-config.advantage_clip, config.advantage_clip)
+    return part.advantages_BR
+
+
+def _backward(
+    players: Players, experience: Experience, minibatch: list[Microbatch], config: PPOConfig, steering: Steering,
+    pretraining: bool, totals: Totals,
+) -> float:  # fmt: skip
+    """Add the gradients of one minibatch: every term is a sum over tokens divided by the minibatch's tokens.
+
+    Returns the policy's distance from the old one, nats per token.
+    """
+    part = experience.take([i for micro in minibatch for i in micro.rows])
+    advantages_BR = _normalised(part, config)
+    denom = float(part.rollout.mask_BR.sum())
+    start, moved = 0, 0.0
     for micro in minibatch:
-        span, width = slice(start, start + len(micro.rows)), micro.batch.response_width
-        start += len(micro.rows)
-        old, values, returns, advantage = (
-            x[span, :width].to(device)
-            for x in (part.old_logprobs_BR, part.old_values_BR, part.returns_BR, advantages)
-        )  # fmt: skip
-        counted = micro.batch.mask_BR
-        if not pretraining:
-            scores = players.policy(micro.batch, temperature=config.sampling.temperature)
-            logprobs = at_responses(scores.logprobs_BT, micro.batch)
-            loss = clipped_policy_loss(
-                logprobs, old, advantage, counted, clip_ratio=config.clip_ratio, denom=denom
+        rows = list(range(start, start + len(micro.rows)))
+        start += len(rows)
+        piece = part.take(rows).cut(micro.batch.response_width, str(players.compute.device))
+        advantages = advantages_BR[rows, : micro.batch.response_width].to(players.compute.device)
+        if not pretraining and config.objective.kind != "trpo":
+            moved += _backward_policy(players, piece, micro, advantages, config, steering, denom, totals)
+        if players.critic is not None:
+            values = at_responses(players.critic(micro.batch).values_BT, micro.batch, before=True)
+            clip = None if pretraining else config.critic.value_clip
+            loss = value_loss(
+                values, piece.old_values_BR, piece.returns_BR, micro.batch.mask_BR, value_clip=clip, denom=denom
             )  # fmt: skip
             loss.backward()
-            totals.add("policy_loss", float(loss.detach()))
-            statistics = ratio_statistics(logprobs.detach(), old, counted, clip_ratio=config.clip_ratio)
-            for name in ("clip_fraction", "approx_kl"):
-                totals.add(name, float(statistics[name]))
-            totals.tokens += float(statistics["tokens"])
-            totals.largest["ratio_max"] = max(totals.largest.get("ratio_max", 0.0), float(statistics["ratio_max"]))
-        new_values = at_responses(players.critic(micro.batch).values_BT, micro.batch, before=True)
-        clip = None if pretraining else config.critic.value_clip
-        loss = value_loss(new_values, values, returns, counted, value_clip=clip, denom=denom)
-        loss.backward()
-        totals.add("value_loss", float(loss.detach()))
+            totals.add("value_loss", float(loss.detach()))
+    return moved / denom
+
+
+def _backward_policy(
+    players: Players, piece: Experience, micro: Microbatch, advantages_BR: Tensor, config: PPOConfig,
+    steering: Steering, denom: float, totals: Totals,
+) -> float:  # fmt: skip
+    """Add the policy's gradient of one microbatch; returns its summed KL(old ‖ new), estimated by k3."""
+    in_loss = steering.kl if config.kl.place == "loss" else 0.0
+    scores = players.policy(
+        micro.batch, temperature=config.sampling.temperature, entropy=config.objective.entropy_weight is not None,
+        against=players.reference if in_loss and config.kl.estimator == "full" else None,
+    )  # fmt: skip
+    loss = policy_loss(
+        scores, piece, micro.batch, advantages_BR, config, denom=denom, kl_coefficient=in_loss, penalty=steering.penalty
+    )
+    loss.backward()
+    totals.add("policy_loss", float(loss.detach()))
+    logprobs = at_responses(scores.logprobs_BT.detach(), micro.batch)
+    statistics = ratio_statistics(logprobs, piece.old_logprobs_BR, micro.batch.mask_BR, clip_ratio=config.clip_ratio)
+    for name in ("clip_fraction", "approx_kl"):
+        totals.add(name, float(statistics[name]))
+    totals.tokens += float(statistics["tokens"])
+    totals.largest["ratio_max"] = max(totals.largest.get("ratio_max", 0.0), float(statistics["ratio_max"]))
+    return float(statistics["approx_kl"])
+
+
+@torch.no_grad()
+def distance_moved(players: Players, experience: Experience, plan: list[list[Microbatch]], config: PPOConfig) -> float:
+    """KL(old ‖ policy as it is now), nats per token, estimated by k3 on the rollout's tokens."""
+    total = tokens = 0.0
+    for micro in (m for group in plan for m in group):
+        piece = experience.take(micro.rows).cut(micro.batch.response_width, str(players.compute.device))
+        scores = players.policy(micro.batch, temperature=config.sampling.temperature)
+        logprobs, mask = at_responses(scores.logprobs_BT, micro.batch), micro.batch.mask_BR
+        statistics = ratio_statistics(logprobs, piece.old_logprobs_BR, mask, clip_ratio=config.clip_ratio)
+        total += float(statistics["approx_kl"])
+        tokens += float(statistics["tokens"])
+    return total / max(tokens, 1.0)
 
 
 def _backward_ptx(players: Players, ptx: Sequence[Tokens], step: int, config: PPOConfig, totals: Totals) -> None:
