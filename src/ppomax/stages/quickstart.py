@@ -37,7 +37,7 @@ from ppomax.stages.sft import sft
 DATA = files("ppomax.data") / "quickstart"
 SAMPLING = SamplingConfig(max_new_tokens=40, temperature=0.75, max_rows=256)
 TIE = 0.05
-SAMPLES = 8
+SAMPLES = 6
 # The first judge counts wins; the last one labels the pairs and is logged.
 JUDGES = ("ppomax.rewards.judge:sentiment", "ppomax.rewards.judge:gold")
 # tiny writes random letters, which have no sentiment that could be learnt.
@@ -86,19 +86,19 @@ def stage_configs(config: QuickstartConfig) -> dict[str, Any]:
     return {
         "sft": SFTConfig(
             run_dir=at / "sft", model=config.model, data=(_data("dialogues"),), heldout=0.05, epochs=2, batch_size=16,
-            max_length=256, eval_every=25, seed=config.seed, compute=compute, optim=OptimConfig(lr=1.5e-4),
+            max_length=256, eval_every=100, seed=config.seed, compute=compute, optim=OptimConfig(lr=2e-4),
         ),
         "reward": RewardConfig(
             run_dir=at / "reward", model=str(at / "sft" / "final"), data=(str(at / "pairs.jsonl"),), heldout=0.06,
-            epochs=2, tokens_per_batch=2560, max_length=256, lm_weight=0.1, eval_every=25, seed=config.seed,
+            epochs=2, tokens_per_batch=2560, max_length=256, lm_weight=0.1, margin=4.0, eval_every=50, seed=config.seed,
             compute=compute, optim=OptimConfig(lr=3e-4),
         ),
         "ppo": PPOConfig(
             run_dir=at / "ppo", policy=str(at / "sft" / "final"), reward=(str(at / "reward" / "final"),),
             prompts=(_data("prompts"),), ptx_data=(_data("dialogues"),), ptx_weight=0.2, ptx_batch=8,
-            iterations=16, rollout_batch=64, minibatch=32, max_prompt_tokens=160, gae_lambda=0.95, sampling=SAMPLING,
-            kl=KLConfig(coefficient=0.06), critic=CriticConfig(pretrain_iterations=2, optim=OptimConfig(lr=3e-4)),
-            optim=OptimConfig(lr=1.4e-4), judge=_judges(config)[-1], seed=config.seed, compute=compute,
+            iterations=16, rollout_batch=64, samples_per_prompt=4, minibatch=32, max_prompt_tokens=160,
+            gae_lambda=0.95, sampling=SAMPLING, kl=KLConfig(coefficient=0.05), critic=CriticConfig(pretrain_iterations=2, optim=OptimConfig(lr=3e-4)),
+            optim=OptimConfig(lr=1.5e-4), judge=_judges(config)[-1], seed=config.seed, compute=compute,
             save=SaveConfig(every=5, keep=1),
         ),
         "evaluate": EvaluateConfig(
