@@ -30,6 +30,10 @@ GOOD_PAIR = {"prompt": "q", "chosen": "good", "rejected": "bad"}
         ({"prompt": "q", "chosen": " ", "rejected": "b"}, "empty chosen"),
         ({"prompt": "q", "chosen": "a", "rejected": ""}, "empty rejected"),
         ({"prompt": "q", "chosen": "a\ud83d", "rejected": "b"}, "unpaired surrogate in the text"),
+        (
+            {"prompt": "q", "chosen": "a", "rejected": "b", "score_chosen": 1, "score_rejected": 2},
+            "score_chosen less than score_rejected",
+        ),
         ({"chosen": "\n\nHuman: q\n\nAssistant: ", "rejected": "\n\nHuman: q\n\nAssistant: b"}, "empty chosen"),
         ({"chosen": "\n\nHuman: \n\nAssistant: a", "rejected": "\n\nHuman: \n\nAssistant: b"}, "empty prompt"),
     ],
@@ -152,3 +156,15 @@ def test_self_instruct_seed_tasks() -> None:
     dialogues, report = read_dialogues(str(ALPACA))
     assert (report.read, len(dialogues)) == (175, 175)
     assert dialogues[1].messages[0]["content"].endswith("Night : Day :: Right : Left")
+
+
+def test_the_gap_of_a_pair_is_the_difference_of_its_scores(write: Callable[..., Path]) -> None:
+    pairs, _ = read_pairs(str(write({**GOOD_PAIR, "score_chosen": 2, "score_rejected": -0.5}, GOOD_PAIR)))
+    assert [pair.gap for pair in pairs] == [2.5, None]
+
+
+@pytest.mark.parametrize("value", ["1", True, [1], float("inf")])
+def test_a_score_that_is_no_number_names_line_and_field(write: Callable[..., Path], value: object) -> None:
+    path = write(GOOD_PAIR, {**GOOD_PAIR, "score_chosen": value, "score_rejected": 0})
+    with pytest.raises(DataError, match=r":2, `score_chosen`: found .*, expected a finite number"):
+        read_pairs(str(path))

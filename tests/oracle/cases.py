@@ -2,8 +2,8 @@
 
 Every entry of a row is exactly a float32, so that a float32 and a float64 comparison see the same inputs and ties stay
 ties. Spreads are either exactly 0 or well above the rounding of the mean: whether a near-constant set of scores counts
-as constant is a matter of the arithmetic, not of the mathematics. (Whitening equal entries divides the rounding of their
-mean by sqrt(eps): compare that in float64.)
+as constant is a matter of the arithmetic, not of the mathematics. (Whitening equal entries divides the
+rounding of their mean by sqrt(eps): compare that in float64.)
 """
 
 from __future__ import annotations

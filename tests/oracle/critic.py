@@ -35,7 +35,7 @@ def value_loss(
 
 
 def _slope(value: float, target: float, old: float, clip: float) -> float:
-    """2 (V - R) where V is within the clip or its own error is the larger; 0 where the clipped error is; V - R in a tie."""
+    """2 (V - R) where V is within the clip or its own error is larger; 0 where the clipped one is; V - R in a tie."""
     if abs(value - old) <= clip:
         return 2 * (value - target)
     own, clipped = abs(value - target), abs(_clipped_value(value, old, clip) - target)
@@ -51,7 +51,7 @@ def d_value_loss(
 
 
 def value_kink_distance(values: Batch, returns: Batch, *, old_values: Batch, clip: float) -> list[list[float]]:
-    """How far each V is from a point without a derivative: an edge of the clip, or two errors that are equal outside."""
+    """How far each V is from a point without a derivative: an edge of the clip, or equal errors outside."""
     out = []
     for row in _columns(values, returns, old_values):
         distances = []

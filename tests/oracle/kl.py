@@ -1,4 +1,4 @@
-"""KL divergences in nats: estimates at the sampled token, the exact sum over a vocabulary, and adaptive coefficients."""
+"""KL divergences in nats: estimates at the sampled token, exact sums over a vocabulary, adaptive coefficients."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def d_full_kl_by_q(logits_p: Row, logits_q: Row) -> list[float]:
 def adaptive_coefficient(
     coefficient: float, observed_kl: float, *, target: float, horizon: float, samples: int
 ) -> float:
-    """c (1 + e n / horizon), e = clip(KL / target - 1, -0.2, 0.2). Source: Ziegler et al. 2019 (1909.08593), sec. 2.2."""
+    """c (1 + e n / horizon), e = clip(KL / target - 1, -0.2, 0.2). Source: Ziegler et al. 2019 (arXiv 1909.08593)."""
     error = max(-0.2, min(0.2, observed_kl / target - 1))
     return coefficient * (1 + error * samples / horizon)
 

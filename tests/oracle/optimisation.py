@@ -63,7 +63,8 @@ def learning_rate(
                           constant  peak
         k > total:        as at k = total (CORRECTNESS 22: flat, never rising again)
 
-    Without warm-up the first step is at the peak: p = (k - 1) / (total - 1). `decay_from` is the k at which p = 0.
+    Without warm-up the first step is at the peak: p = (k - 1) / (total - 1); a run of one step is at the floor.
+    `decay_from` is the k at which p = 0.
     Source: MISSION sections 1 to 3 (10 % warm-up, cosine to 10 % and flat after).
     """
     warm = round(warmup * total)

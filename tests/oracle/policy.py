@@ -104,7 +104,8 @@ def penalised_policy_loss(
     """-sum_t ratio_t A_t / denom + beta sum_t KL_t / denom, KL_t of KL(old || new).
 
     KL_t is `kl` where given (exact), else ratio - 1 - log ratio, which is k3 of (old, new): its mean over tokens drawn
-    from old is KL(old || new). Source: "Secrets of RLHF I", PPO-penalty (after eq. 13); Schulman et al. 2017, section 4.
+    from old is KL(old || new).
+    Source: "Secrets of RLHF I", PPO-penalty (after eq. 13); Schulman et al. 2017, section 4.
     """
     pairs = zip(flat(old_logprobs), flat(logprobs), strict=True)
     penalties = [k3(old, new) for old, new in pairs] if kl is None else flat(kl)

@@ -24,8 +24,8 @@ def gae(rewards: Row, values: Row, *, gamma: float, gae_lambda: float, bootstrap
     """A_t = sum_{l=0}^{n-1-t} (gamma lambda)^l delta_{t+l}, delta_t as above.
 
     Source: Schulman et al. 2016 (arXiv 1506.02438), eq. 16; "Secrets of RLHF I", section 3.2, GAE and its limits
-    (eq. 11). Errata: eq. 11 prints delta_{t+1} under the sum; the index is t+l. High variance is at lambda = 1, where the
-    notes say gamma = 1.
+    (eq. 11). Errata: eq. 11 prints delta_{t+1} under the sum; the index is t+l. High variance is at
+    lambda = 1, where the notes say gamma = 1.
     """
     delta = td_residuals(rewards, values, gamma=gamma, bootstrap=bootstrap)
     return [

@@ -91,6 +91,6 @@ def rolling_returns(rewards: Row, *, gamma: float) -> list[float]:
 
 
 def scale_rewards(rewards: Row, history: Row) -> list[float]:
-    """r_t / std of all rolling returns ever seen, no mean subtracted; unchanged where that std is 0. Source: as above."""
+    """r_t / std of all rolling returns ever seen, no mean subtracted; unchanged where it is 0. Source: as above."""
     scale = moments(history).std
     return [r / scale for r in rewards] if scale else list(rewards)

@@ -6,6 +6,7 @@ exist: not within KINK of an edge of a clip.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -40,6 +41,12 @@ from ppomax.rl import shaping as rl_shaping
 TOLERANCE = 1e-9
 KINK = 1e-6
 COUNT = 1000
+
+
+@functools.cache
+def drawn(seed: int) -> tuple[Case, ...]:
+    """The cases of a seed, made once for all functions."""
+    return tuple(cases.cases(COUNT, seed=seed))
 
 
 def pad(rows: Sequence[Sequence[float]]) -> Tensor:
@@ -109,7 +116,7 @@ def dense_rows(c: Case) -> list[list[float]]:
     return [shaping.token_rewards(s, o, r, kl_coefficient=c.kl_coefficient, dense=d) for s, o, r, d in inputs]
 
 
-def two_or_more(c: Case) -> bool:
+def two_each(c: Case) -> bool:
     return min(c.groups.count(g) for g in c.groups) >= 2
 
 
@@ -152,26 +159,23 @@ VALUES: dict[str, tuple[Callable[[Case], Any], Callable[[Case], Any]]] = {
         lambda c: baselines.group_normalise(c.scores, c.groups),
     ),
     "leave_one_out": (
-        lambda c: rl_baselines.leave_one_out(vector(c.scores), torch.tensor(c.groups)) if two_or_more(c) else [0.0],
-        lambda c: baselines.leave_one_out(c.scores, c.groups) if two_or_more(c) else [0.0],
+        lambda c: rl_baselines.leave_one_out(vector(c.scores), torch.tensor(c.groups)) if two_each(c) else [0.0],
+        lambda c: baselines.leave_one_out(c.scores, c.groups) if two_each(c) else [0.0],
     ),
     "spread": (
         lambda c: rl_baselines.spread(vector(c.scores), mask(c)), lambda c: masked.spread(c.scores, c.lengths),
     ),
     "masked_sum": (lambda c: rl_masked.masked_sum(pad(c.rewards), mask(c)), lambda c: masked.masked_sum(c.rewards)),
     "masked_mean": (lambda c: rl_masked.masked_mean(pad(c.rewards), mask(c)), lambda c: masked.masked_mean(c.rewards)),
-    "k1": (
-        lambda c: rl_masked.zero_masked(rl_kl.k1(pad(c.logprobs), pad(c.reference_logprobs)), mask(c)),
-        lambda c: pairwise(kl.k1, c.logprobs, c.reference_logprobs),
-    ),
-    "k2": (
-        lambda c: rl_masked.zero_masked(rl_kl.k2(pad(c.logprobs), pad(c.reference_logprobs)), mask(c)),
-        lambda c: pairwise(kl.k2, c.logprobs, c.reference_logprobs),
-    ),
-    "k3": (
-        lambda c: rl_masked.zero_masked(rl_kl.k3(pad(c.logprobs), pad(c.reference_logprobs)), mask(c)),
-        lambda c: pairwise(kl.k3, c.logprobs, c.reference_logprobs),
-    ),
+    **{
+        f"k{i}": (
+            lambda c, i=i: rl_masked.zero_masked(
+                getattr(rl_kl, f"k{i}")(pad(c.logprobs), pad(c.reference_logprobs)), mask(c)
+            ),
+            lambda c, i=i: pairwise(getattr(kl, f"k{i}"), c.logprobs, c.reference_logprobs),
+        )
+        for i in (1, 2, 3)
+    },
     "full_kl": (
         lambda c: rl_kl.full_kl(vector(c.logits_p), vector(c.logits_q)), lambda c: kl.full_kl(c.logits_p, c.logits_q),
     ),
@@ -240,12 +244,12 @@ def pairwise(function: Callable[[float, float], float], a: Any, b: Any) -> list[
 @pytest.mark.parametrize("name", VALUES)
 def test_values_agree_with_the_oracle(name: str) -> None:
     ours, expected = VALUES[name]
-    for case in cases.cases(COUNT, seed=1):
+    for case in drawn(1):
         assert_equal(ours(case), expected(case), case, name)
 
 
 def test_whole_returns_agree_with_the_oracle() -> None:
-    for case in cases.cases(COUNT, seed=1):
+    for case in drawn(1):
         found = rl_returns.whole_return(
             pad(case.rewards), mask(case), gamma=case.gamma, bootstrap=vector(case.bootstrap)
         )  # fmt: skip
@@ -256,7 +260,7 @@ def test_whole_returns_agree_with_the_oracle() -> None:
 
 
 def test_advantage_normalisation_agrees_with_the_oracle() -> None:
-    for case in cases.cases(COUNT, seed=1):
+    for case in drawn(1):
         settings = {"eps": case.eps, "clip": case.advantage_clip}
         found = rl_shaping.normalise_advantages(pad(case.advantages), mask(case), **settings)
         expected = masked.normalise_advantages(case.advantages, **settings)
@@ -352,7 +356,7 @@ LOSSES: dict[str, Loss] = {
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_and_their_slopes_agree_with_the_oracle(name: str) -> None:
     ours, value, slopes, kinks, argument = LOSSES[name]
-    for case in cases.cases(COUNT, seed=2):
+    for case in drawn(2):
         x = pad(getattr(case, argument)).requires_grad_()
         loss = ours(case, x)
         assert_equal(loss, value(case), case, name)
@@ -368,7 +372,7 @@ def test_losses_and_their_slopes_agree_with_the_oracle(name: str) -> None:
 
 
 def test_the_ranking_loss_and_its_slopes_agree_with_the_oracle() -> None:
-    for case in cases.cases(COUNT, seed=3):
+    for case in drawn(3):
         chosen, rejected = vector(case.chosen).requires_grad_(), vector(case.rejected).requires_grad_()
         given: dict[str, Any] = {"denom": case.denom, "margin": case.margins, "weights": case.pair_weights}
         loss = rl_preference.ranking_loss(
@@ -384,7 +388,7 @@ def test_the_ranking_loss_and_its_slopes_agree_with_the_oracle() -> None:
 
 
 def test_ratio_statistics_agree_with_the_oracle() -> None:
-    for case in cases.cases(COUNT, seed=4):
+    for case in drawn(4):
         found = rl.ratio_statistics(
             pad(case.logprobs), pad(case.old_logprobs), mask(case), clip_ratio=case.clip_ratio
         )  # fmt: skip

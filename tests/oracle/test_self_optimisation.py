@@ -94,6 +94,7 @@ def test_line_search_by_hand():
     assert search(lambda x: x, lambda x: x) == 0.5  # kl 1 is too much, 0.5 is not
     assert search(lambda x: x * (0.3 - x), lambda x: 0) == 0.25  # better than at 0 below 0.3 only
     assert search(lambda x: -x, lambda x: 0) == 0
+    assert search(lambda x: 5 - x, lambda x: 0) == 0
     assert search(lambda x: 0.0, lambda x: 0) == 0  # equal is not higher
     assert search(lambda x: math.inf if x == 1 else x, lambda x: math.nan if x == 0.5 else 0) == 0.25
     assert search(lambda x: x, lambda x: 10 * x, backtracks=4) == 0  # 1/8 is the last tried
@@ -135,6 +136,7 @@ def test_gradient_clip_by_hand():
     assert optimisation.clip_gradient_norm([[3, 4], [12]], max_norm=6.5) == [[1.5, 2], [6]]
     assert optimisation.clip_gradient_norm([[3, 4], [12]], max_norm=13) == [[3, 4], [12]]
     assert optimisation.clip_gradient_norm([[0, 0]], max_norm=1) == [[0, 0]]
+    assert optimisation.clip_gradient_norm([[3, 4]], max_norm=2, eps=3) == [[0.75, 1]]  # 2 / (5 + 3)
 
 
 # Schedule, convergence
@@ -150,6 +152,9 @@ def test_learning_rate_by_hand():
     assert rates("constant") == [4] + [8] * 11
     found = rates("cosine")
     assert [found[0], found[1], found[5], *found[9:]] == near([4, 8, 5, 2, 2, 2])  # half way: (8 + 2) / 2
+    # a run of one step is at its last step, the floor; with warm-up to the end it ends, and stays, at the peak
+    assert rates("linear", warmup=0, total=1)[:2] == [2, 2]
+    assert rates("linear", warmup=1.0, total=2)[:3] == [4, 8, 8]
     # without warm-up the first step is at the peak and the last of 4 at the floor
     assert rates("linear", warmup=0, total=4)[:5] == [8, 6, 4, 2, 2]
 
@@ -170,7 +175,8 @@ def test_has_converged_by_hand():
     def converged(losses, window=2, tolerance=0.125):
         return optimisation.has_converged(losses, window=window, tolerance=tolerance)
 
-    assert not converged([9, 9, 9])  # three losses, four are needed
+    assert not converged([9, 9, 9]) and not converged([9, 9, 18])  # three losses, four are needed
+    assert converged([-4, -4.5], window=1) and not converged([-4, -5], window=1)  # relative to |-4|
     assert converged([99, 4, 4, 4, 3])  # 4 -> 3.5: lower by exactly an eighth, not by more
     assert not converged([4, 4, 4, 2.9])
     assert converged([4, 4, 5, 5])  # rising is not falling

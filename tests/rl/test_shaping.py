@@ -45,7 +45,7 @@ SCORES = torch.tensor([4.0, -1.0])
 scores = st.lists(st.floats(-100, 100, width=32), max_size=8)
 
 
-def test_moments_by_hand():
+def test_trap_16_moments_by_hand():
     moments = Moments().update([1.0, 2.0]).update([6.0])
     assert moments == Moments(count=3.0, mean=3.0, m2=4.0 + 1.0 + 9.0)
     assert moments.std == math.sqrt(14 / 3), "biased: divided by 3, not 2"
@@ -97,7 +97,7 @@ def test_moments_refuse_what_would_poison_them():
     assert_refused("saved", Moments.from_dict, {"count": 1.0, "mean": 0.0})
 
 
-def test_normalise_and_clip_by_hand():
+def test_trap_16_normalise_and_clip_by_hand():
     # History 1, 3 with mean 2 and std 1, then clipped at 1.5.
     moments = Moments().update([1.0, 3.0])
     assert_close(normalise_and_clip(torch.tensor([2.5, 9.0, -9.0]), moments, clip=1.5), [0.5, 1.5, -1.5])

@@ -164,6 +164,12 @@ def test_a_fisher_product_by_autograd_moves_a_categorical_policy_by_max_kl():
     assert_close(difference, torch.zeros(3))
 
 
+def test_results_carry_no_graph_of_the_product_or_the_gradient():
+    matrix, gradient = FISHER.clone().requires_grad_(), GRADIENT.clone().requires_grad_()
+    assert not conjugate_gradient(product(matrix), gradient, iterations=2, tolerance=0.0).requires_grad
+    assert not natural_step(gradient, product(matrix), **KNOWN).requires_grad
+
+
 def search(objective, kl, **changes):
     """The result of the search and the fractions that it evaluated."""
     tried = []

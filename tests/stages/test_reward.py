@@ -153,6 +153,33 @@ def test_trap_19_and_24_no_pair_is_split_and_microbatches_change_nothing(
     assert distance(runs[16][1], runs[4096][1]) < 1e-5
 
 
+def test_the_margin_is_per_pair_and_in_proportion_to_its_gap(trained: Trained, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"{word}?", "chosen": "eee", "rejected": "abc", "score_chosen": gap, "score_rejected": 0.0}
+        for word, gap in (("one", 0.5), ("two", 2.0))
+    ]
+    data = write_rows(tmp_path / "pairs.jsonl", rows)
+    settings: dict[str, Any] = {"heldout": 0.0, "lm_weight": None, "max_steps": 1}
+    losses, config = [], reward_config(tmp_path / "run", trained.sft, data, **settings)
+    for name, margin in (("off", None), ("on", 3.0)):
+        reward(config.model_copy(update={"run_dir": tmp_path / name, "margin": margin}))
+        losses.append(metrics(tmp_path / name)[0]["ranking_loss"])
+    model = reward_player(trained.sft, compute_of(config.compute), config, trained=False)
+    tokens, _ = ranked_tokens(load_tokenizer(trained.sft), read_pairs(data)[0], config.max_length)
+    with torch.no_grad():
+        chosen_B, rejected_B, _ = score_pairs(model, tokens, None, with_lm=False)
+    differences = (chosen_B - rejected_B).tolist()
+    for loss, margin in zip(losses, (0.0, 3.0), strict=True):
+        gaps = [row.gaps[0] or 0.0 for row in tokens]
+        expected = [math.log1p(math.exp(-(d - margin * g))) for d, g in zip(differences, gaps, strict=True)]
+        assert loss == pytest.approx(sum(expected) / 2, rel=1e-4)
+
+
+def test_a_margin_needs_scores_in_every_row(trained: Trained, toys: Toys, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="margin: found pairs without `score_chosen` and `score_rejected`"):
+        reward(reward_config(tmp_path / "run", trained.sft, toys.pairs, margin=1.0))
+
+
 def test_trap_24_every_score_is_read_at_the_last_counted_token(trained: Trained, tmp_path: Path) -> None:
     model = reward_player(trained.sft, compute_of(FLOAT32), reward_config(Path(), "", ""), trained=False)
     rows = token_rows(trained.sft, write_rows(tmp_path / "ranked.jsonl", ranked_rows()))[:8]
