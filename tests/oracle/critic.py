@@ -21,7 +21,7 @@ def value_loss(
 ) -> float:
     """sum_t max((V - R)^2, (clip(V, V_old - c, V_old + c) - R)^2) / denom; no factor 1/2; without c only the first.
 
-    Source: "Secrets of RLHF I", eq. 16 and section 5.3.1 (value clip); the max of the errors: CORRECTNESS 17.
+    Source: "Secrets of RLHF I", eq. 16 and section 5.3.1 (value clip); the max of the errors: trap 17.
     """
     limit = math.inf if clip is None else clip
     return (

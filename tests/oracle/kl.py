@@ -40,7 +40,7 @@ def d_k2(logprob: float, reference: float) -> float:
 
 
 def d_k3(logprob: float, reference: float) -> float:
-    """d k3 / d log p = 1 - q/p. (In a loss this is not the gradient of KL(p || q): CORRECTNESS 14.)"""
+    """d k3 / d log p = 1 - q/p. (In a loss this is not the gradient of KL(p || q): trap 14.)"""
     return -math.expm1(reference - logprob)
 
 

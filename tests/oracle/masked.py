@@ -33,7 +33,7 @@ def squared_deviations(values: Row) -> float:
 
 
 def variance(values: Row) -> float:
-    """The biased variance m2 / n (CORRECTNESS 4: the variance says which); 0 of nothing."""
+    """The biased variance m2 / n (trap 4: the variance says which); 0 of nothing."""
     return squared_deviations(values) / len(values) if values else 0.0
 
 
@@ -58,7 +58,7 @@ def masked_mean(rows: Batch) -> float:
 
 
 def last_token(length: int) -> list[bool]:
-    """Marks the last of `length` response tokens, index length - 1 (CORRECTNESS 1); [] for an empty response."""
+    """Marks the last of `length` response tokens, index length - 1 (trap 1); [] for an empty response."""
     return [t == length - 1 for t in range(length)]
 
 

@@ -41,7 +41,7 @@ def adamw(
 
 
 def gradient_norm(gradients: Batch) -> float:
-    """The Euclidean norm over all entries of all parameters (CORRECTNESS 21: global)."""
+    """The Euclidean norm over all entries of all parameters (trap 21: global)."""
     return math.sqrt(math.fsum(g * g for g in flat(gradients)))
 
 
@@ -61,11 +61,11 @@ def learning_rate(
         n < k <= total:   cosine  peak (floor + (1 - floor) (1 + cos(pi p)) / 2)
                           linear  peak (floor + (1 - floor) (1 - p)),    p = (k - n) / (total - n)
                           constant  peak
-        k > total:        as at k = total (CORRECTNESS 22: flat, never rising again)
+        k > total:        as at k = total (trap 22: flat, never rising again)
 
     Without warm-up the first step is at the peak: p = (k - 1) / (total - 1); a run of one step is at the floor.
     `decay_from` is the k at which p = 0.
-    Source: MISSION sections 1 to 3 (10 % warm-up, cosine to 10 % and flat after).
+    Source: "Secrets of RLHF I" (10 % warm-up, cosine to 10 % and flat after).
     """
     warm = round(warmup * total)
     k = min(step + 1, total)

@@ -144,7 +144,7 @@ def d_nll_loss(logprobs: Batch, *, denom: float) -> list[list[float]]:
 
 
 def entropy(logits: Row) -> float:
-    """H = -sum_i p_i log p_i in nats, exact over the vocabulary (CORRECTNESS 18)."""
+    """H = -sum_i p_i log p_i in nats, exact over the vocabulary (trap 18)."""
     return -math.fsum(math.exp(x) * x for x in log_softmax(logits))
 
 
@@ -157,7 +157,7 @@ def d_entropy(logits: Row) -> list[float]:
 def entropy_bonus(entropies: Batch, *, denom: float, clip: float | None = None) -> float:
     """sum_b min(sum_t H_bt, clip) / denom: a bonus, so the caller subtracts it from a loss.
 
-    Source: "Secrets of RLHF I", fig. 16; the threshold is on the response's summed entropy (MISSION section 6).
+    Source: "Secrets of RLHF I", fig. 16; the threshold is on the response's summed entropy (our reading).
     """
     limit = math.inf if clip is None else clip
     return math.fsum(min(math.fsum(row), limit) for row in entropies) / denom
@@ -187,7 +187,7 @@ class RatioStatistics(NamedTuple):
 def ratio_statistics(logprobs: Batch, old_logprobs: Batch, *, clip_ratio: float) -> RatioStatistics:
     """clipped = #{|ratio - 1| > eps}, approx_kl = sum (ratio - 1 - log ratio), ratio_max = max ratio (0 of nothing).
 
-    Source: CORRECTNESS 28; approx_kl estimates KL(old || new) (k3, Schulman 2020).
+    Source: trap 28; approx_kl estimates KL(old || new) (k3, Schulman 2020).
     """
     ratios = flat(_ratios(logprobs, old_logprobs))
     pairs = zip(flat(old_logprobs), flat(logprobs), strict=True)

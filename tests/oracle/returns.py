@@ -1,7 +1,7 @@
 """Returns and advantages of one unpadded response, each as its definition spells it: sums, no recursions.
 
 `values[t]` is V(s_t), the value BEFORE token t. `bootstrap` is V of the state after the last token: 0 where the episode
-ended or the score was placed, the critic's value where a truncated response is bootstrapped (CORRECTNESS 11).
+ended or the score was placed, the critic's value where a truncated response is bootstrapped (trap 11).
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def k_step_advantages(rewards: Row, values: Row, *, k: int, gamma: float, bootst
 def lambda_returns(
     rewards: Row, values: Row, *, gamma: float, gae_lambda: float, bootstrap: float = 0.0
 ) -> list[float]:
-    """The lambda-weighted mean of the k-step returns; equals GAE + unnormalised V(s_t) (CORRECTNESS 13).
+    """The lambda-weighted mean of the k-step returns; equals GAE + unnormalised V(s_t) (trap 13).
 
         G_t = (1 - lambda) sum_{k=1}^{N-1} lambda^{k-1} R_t^k + lambda^{N-1} R_t^N,   N = n - t
 

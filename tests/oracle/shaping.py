@@ -14,7 +14,7 @@ from .masked import Row, mean, place_on_last_token, squared_deviations
 
 
 class Moments(NamedTuple):
-    """Number, mean and sum of squared deviations of a history; the standard deviation is biased (CORRECTNESS 16)."""
+    """Number, mean and sum of squared deviations of a history; the standard deviation is biased (trap 16)."""
 
     count: int
     mean: float
@@ -33,7 +33,7 @@ def moments(history: Row) -> Moments:
 def normalise_and_clip(scores: Row, history: Row, *, clip: float | None) -> list[float]:
     """clip((score - mean) / std, -delta, delta); 0 where the history has fewer than two scores or no spread.
 
-    Source: "Secrets of RLHF I", eq. 18. No epsilon: it would change small deviations (CORRECTNESS 16).
+    Source: "Secrets of RLHF I", eq. 18. No epsilon: it would change small deviations (trap 16).
     """
     seen, limit = moments(history), math.inf if clip is None else clip
     if seen.count < 2 or seen.std == 0:
@@ -74,7 +74,7 @@ def token_rewards(
 ) -> list[float]:
     """r_t = [t = last] score + dense_t - eta (log pi_old,t - log pi_ref,t).
 
-    Source: "Secrets of RLHF I", r_total; MISSION section 3: the KL is estimated at each sampled token (k1), detached.
+    Source: "Secrets of RLHF I", r_total; the KL is estimated at each sampled token (k1), detached.
     """
     pairs = list(zip(old_logprobs, reference_logprobs, strict=True))
     placed = place_on_last_token(score, len(pairs))

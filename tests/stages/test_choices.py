@@ -62,7 +62,7 @@ def test_without_a_critic_nothing_of_it_is_loaded_saved_or_logged(trained: Train
     assert not (tmp_path / "whole" / "critic").exists()
 
 
-def test_a_run_without_a_critic_and_with_an_average_resumes_bit_for_bit(
+def test_trap_29_a_run_without_a_critic_and_with_an_average_resumes_bit_for_bit(
     trained: Trained, toys: Toys, tmp_path: Path
 ) -> None:
     from ppomax.config import SaveConfig
@@ -245,7 +245,9 @@ def surrogate_gradient(policy: Policy, it: Any, denominator: str) -> dict[str, t
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def test_the_kl_coefficient_follows_its_target_once_an_iteration(trained: Trained, toys: Toys, tmp_path: Path) -> None:
+def test_trap_15_the_kl_coefficient_follows_its_target_once_an_iteration(
+    trained: Trained, toys: Toys, tmp_path: Path
+) -> None:
     settings: dict[str, Any] = {**LONGER, "iterations": 6, "kl": KLConfig(target=1e-3, horizon=320.0)}
     config = ppo_config(tmp_path / "run", trained.sft, toys.prompts, **settings)
     ppo(config)
@@ -356,14 +358,27 @@ CONTRADICTIONS: dict[str, dict[str, Any]] = {
         "advantage": "rewards_to_go", "baseline": "group_normalise", "samples_per_prompt": 2,
     },
     "score.scale: found True beside": {"score": ScoreConfig(scale=True)},
+    "score.clip: found 5.0 beside": {"score": ScoreConfig(scale=True, normalise=False)},
+    "baseline: found batch_mean with advantage gae": {"baseline": "batch_mean"},
+    "k: found 3 with advantage gae": {"k": 3},
+    "kl.horizon: found 2 with rollout_batch 16": {"kl": KLConfig(target=1.0, horizon=2.0)},
+    "kl.place: found loss with objective trpo": {
+        "objective": ObjectiveConfig(kind="trpo"), "kl": KLConfig(place="loss", estimator="k2"),
+    },
+    "objective.denominator: found reference": {
+        "objective": ObjectiveConfig(kind="policy_gradient", denominator="reference"),
+    },
+    "critic.pretrain_tolerance: found a tolerance": {
+        "critic": CriticConfig(init="policy", pretrain_iterations=2, pretrain_tolerance=0.1),
+    },
     "score.by_source: found True without": {"score": ScoreConfig(by_source=True, normalise=False)},
     "kl.target: found a target without": {"kl": KLConfig(coefficient=None, target=1.0)},
     "kl.estimator: found k1 in the loss": {"kl": KLConfig(place="loss")},
-    "objective.penalty_target: found": {"objective": ObjectiveConfig(penalty_target=0.1)},
+    "objective.penalty_target: found 0.1 with": {"objective": ObjectiveConfig(penalty_target=0.1)},
     "objective.dual_clip: found": {"objective": ObjectiveConfig(kind="surrogate", dual_clip=2.0)},
     "objective.entropy_clip: found": {"objective": ObjectiveConfig(entropy_clip=2.0)},
-    "ptx_weight: found a weight with objective trpo": {"objective": ObjectiveConfig(kind="trpo"), "ptx": True},
-    "objective.kind: found trpo with": {"objective": ObjectiveConfig(kind="trpo", entropy_weight=0.1)},
+    "ptx_weight: found 0.1 with objective trpo": {"objective": ObjectiveConfig(kind="trpo"), "ptx": True},
+    "objective.entropy_weight: found 0.1 with objective trpo": {"objective": ObjectiveConfig(kind="trpo", entropy_weight=0.1)},
     "compute.dtype: found torch.bfloat16 with objective trpo": {
         "objective": ObjectiveConfig(kind="trpo"), "compute": FLOAT32.model_copy(update={"dtype": "bfloat16"}),
     },

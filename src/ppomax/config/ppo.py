@@ -25,7 +25,8 @@ class KLConfig(Schema):
     estimator: Literal["k1", "k2", "k3", "full"] = Field(
         default="k1",
         description="k1: log-ratio at the sampled token; k2, k3: Schulman's; full: exact over the vocabulary. In the"
-        " loss, k2 and full descend KL(policy ‖ reference), k3 the other direction, k1 nothing at all (refused).",
+        " reward only k1 descends KL(policy ‖ reference): the others price a state, hardly the choice made in it. In"
+        " the loss k2 and full do, k3 descends the other direction, k1 nothing at all (refused).",
     )
     target: float | None = Field(
         default=None,
@@ -48,7 +49,7 @@ class ScoreConfig(Schema):
     scale: bool = Field(
         default=False,
         description="Reward scaling: divide token rewards by the rolling std of the discounted return, instead of"
-        " normalising the score.",
+        " normalising and clipping the score.",
     )
     missing_eos_penalty: float | None = Field(
         default=None,
@@ -87,7 +88,7 @@ class CriticConfig(Schema):
         gt=0,
         lt=1,
         description="End the pre-training before pretrain_iterations once the value loss falls by less than this share"
-        " from one pair of iterations to the next; None: all iterations.",
+        " from one pair of iterations to the next and the critic explains some variance; None: all iterations.",
     )
     value_clip: float | None = Field(
         default=0.2, gt=0, description="Bound of V's move from its old value; None: plain MSE."

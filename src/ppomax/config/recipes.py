@@ -71,7 +71,7 @@ def instructgpt() -> PPOConfig:
 
 @_ppo
 def cpm() -> PPOConfig:
-    """CPM's script as the notes describe it: PPO-clip with token KL, GAE and value clip; no ptx, no score
+    """After CPM's script: PPO-clip with token KL, GAE and value clip; no ptx, no score
     normalisation, no critic pre-training. Its reward model has no LM term (`reward --recipe instructgpt`)."""
     return PPOConfig(
         score=ScoreConfig(normalise=False, clip=None),
@@ -139,7 +139,7 @@ def paper_7b_zh() -> PPOConfig:
 
 
 _PAPER_7B: dict[str, object] = {
-    "iterations": 10_000,
+    "iterations": 2_500,  # four optimiser steps each: 10,000
     "max_prompt_tokens": 1024,
     "sampling": SamplingConfig(max_new_tokens=512),
     "compute": ModelConfig(dtype="bfloat16", gradient_checkpointing=True),

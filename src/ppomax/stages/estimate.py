@@ -66,7 +66,7 @@ def seen(scored: ScoredRollouts, history: History, config: PPOConfig) -> History
 
 
 def rewards_of(scored: ScoredRollouts, history: History, config: PPOConfig, *, kl_coefficient: float) -> Tensor:
-    """Rewards per token [B, R], in the order that CORRECTNESS demands: normalise, clip, penalties, place, minus KL."""
+    """Rewards per token [B, R], in this order: normalise, clip, penalties, place, minus KL."""
     rollout, mask, settings = scored.rollout, scored.rollout.mask_BR, config.score
     score_B, dense_BR = scored.score_B, scored.dense_BR
     if settings.scale:

@@ -34,13 +34,13 @@ from ppomax.stages.inputs import (
     required,
 )
 from ppomax.stages.players import Players, load_players
+from ppomax.stages.ppo_checks import PRETRAIN_WINDOW, expect_possible
 from ppomax.stages.session import Session
 from ppomax.stages.sft import adamw, schedule
 from ppomax.stages.update import Optimisers, Steering
 from ppomax.types import Prompt, ScoredRollouts, SetupError
 
 SAMPLES_KEPT = 8
-PRETRAIN_WINDOW = 2
 
 
 @dataclass
@@ -155,7 +155,7 @@ class Job:
 
 def prepare(run: Session, config: PPOConfig, reward: RewardFunction | None) -> Job:
     """Read data, load players, print the plan, rehearse the save, and pick up a checkpoint if there is one."""
-    _expect_possible(config)
+    expect_possible(config)
     compute = compute_of(config.compute)
     judge = load_function(config.judge) if config.judge else None
     specs = required(config.prompts, "prompts", "prompts to answer")
@@ -207,68 +207,6 @@ def _restore(job: Job, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) 
         job.optimisers.average.load(of("average/"))
     job.seen, job.steering = History.from_dict(state["seen"]), Steering(**state["steering"])
     job.start = int(state["iteration"]) + 1
-
-
-def _expect_possible(config: PPOConfig) -> None:
-    batch = config.rollout_batch
-    for name, size in (("samples_per_prompt", config.samples_per_prompt), ("minibatch", config.minibatch)):
-        if batch % size:
-            fitting = max(d for d in range(1, min(size, batch) + 1) if batch % d == 0)
-            raise SetupError(f"{name}: found {size}, expected a divisor of rollout_batch {batch}, such as {fitting}")
-    _expect_consistent(config)
-    if config.critic.pretrain_iterations >= config.iterations:
-        raise SetupError(
-            f"critic.pretrain_iterations: found {config.critic.pretrain_iterations}, expected less than iterations "
-            f"({config.iterations}): the policy would never move"
-        )
-    warped = [k for k in ("top_p", "top_k", "repetition_penalty") if getattr(config.sampling, k) is not None]
-    if warped:
-        raise SetupError(
-            f"sampling.{warped[0]}: found {getattr(config.sampling, warped[0])}, expected None: the KL to the "
-            "reference and the ratio are undefined off the sampled support. Use it in `ppomax evaluate`"
-        )
-    if config.ptx_weight is not None and not config.ptx_data:
-        raise SetupError("ptx_weight: found a weight but no ptx_data; give --ptx-data FILE or --ptx-weight None")
-    if config.ptx_data and config.ptx_weight is None:
-        raise SetupError("ptx_data: found data but no weight; give --ptx-weight, e.g. 0.1, or leave the data out")
-
-
-def _expect_consistent(config: PPOConfig) -> None:
-    """Refuse settings that contradict each other."""
-    objective, alone = config.objective, config.samples_per_prompt == 1
-    contradictions = (
-        (config.critic.init is None and config.needs_critic, "critic.init",
-         "None, but the advantage or the baseline needs a critic; expected 'reward', 'policy' or a directory"),
-        (config.critic.init is None and config.critic.pretrain_iterations > 0, "critic.pretrain_iterations",
-         f"{config.critic.pretrain_iterations} without a critic; expected 0"),
-        (alone and config.baseline in ("leave_one_out", "group_normalise") and not config.needs_critic,
-         "samples_per_prompt", f"1 with baseline {config.baseline}; expected at least 2"),
-        (config.advantage == "rewards_to_go" and config.baseline == "group_normalise", "baseline",
-         "group_normalise with advantage rewards_to_go; expected advantage whole_return"),
-        (config.critic.init is None and config.score.truncated == "bootstrap", "score.truncated",
-         "bootstrap without a critic, whose value it takes; expected score"),
-        (config.score.scale and config.score.normalise, "score.scale",
-         "True beside score.normalise; expected one of the two (--score.normalise False)"),
-        (config.score.by_source and not config.score.normalise, "score.by_source",
-         "True without score.normalise"),
-        (config.kl.target is not None and config.kl.coefficient is None, "kl.target",
-         "a target without a coefficient to start from; give kl.coefficient"),
-        (config.kl.place == "loss" and config.kl.estimator == "k1", "kl.estimator",
-         "k1 in the loss, where its gradient is 0 in expectation; expected k2, k3 or full"),
-        (objective.penalty_target is not None and objective.kind != "penalty", "objective.penalty_target",
-         f"a target with objective {objective.kind}; expected objective.kind penalty"),
-        (objective.dual_clip is not None and objective.kind != "clip", "objective.dual_clip",
-         f"a number with objective {objective.kind}; expected objective.kind clip"),
-        (objective.entropy_clip is not None and objective.entropy_weight is None, "objective.entropy_clip",
-         "a number without objective.entropy_weight"),
-        (objective.kind == "trpo" and config.ptx_weight is not None, "ptx_weight",
-         "a weight with objective trpo, whose step has no room for other terms; expected None"),
-        (objective.kind == "trpo" and (objective.entropy_weight is not None or config.kl.place == "loss"),
-         "objective.kind", "trpo with an entropy bonus or a KL in the loss; expected neither"),
-    )  # fmt: skip
-    for wrong, name, found in contradictions:
-        if wrong:
-            raise SetupError(f"{name}: found {found}")
 
 
 def _optimisers(players: Players, config: PPOConfig) -> Optimisers:

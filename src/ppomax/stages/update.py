@@ -35,6 +35,7 @@ class Totals:
     sums: dict[str, float] = field(default_factory=dict)
     largest: dict[str, float] = field(default_factory=dict)
     steps: int = 0
+    passes: int = 0
     tokens: float = 0.0
     skipped: int = 0
     stopped_early: bool = False
@@ -44,9 +45,10 @@ class Totals:
         self.sums[name] = self.sums.get(name, 0.0) + value
 
     def means(self) -> dict[str, float]:
-        """Per step for losses and norms, per token for clip fraction and KL."""
-        per_token = ("clip_fraction", "approx_kl")
-        means = {k: v / max(self.tokens if k in per_token else self.steps, 1) for k, v in self.sums.items()}
+        """Per minibatch read for losses, per step for norms and rates, per token for clip fraction and KL."""
+        tokens, passes = self.tokens, float(self.passes)
+        counts = {"clip_fraction": tokens, "approx_kl": tokens, "policy_loss": passes, "value_loss": passes}
+        means = {k: v / max(counts.get(k, float(self.steps)), 1) for k, v in self.sums.items()}
         return {**means, **self.largest, "skipped_steps": float(self.skipped)}
 
 
@@ -168,6 +170,7 @@ def _backward(
     part = experience.take([i for micro in minibatch for i in micro.rows])
     advantages_BR = _normalised(part, config)
     denom = float(part.rollout.mask_BR.sum())
+    totals.passes += 1
     start, moved = 0, 0.0
     for micro in minibatch:
         rows = list(range(start, start + len(micro.rows)))

@@ -1,0 +1,114 @@
+"""What a PPO configuration must not ask for, found before anything is loaded."""
+
+from __future__ import annotations
+
+from ppomax.config import PPOConfig
+from ppomax.types import SetupError
+
+# Value losses are compared in two windows of this many iterations.
+PRETRAIN_WINDOW = 2
+
+
+def expect_possible(config: PPOConfig) -> None:
+    """Refuse sizes that do not divide, settings that contradict each other, and settings that would be ignored."""
+    batch = config.rollout_batch
+    for name, size in (("samples_per_prompt", config.samples_per_prompt), ("minibatch", config.minibatch)):
+        if batch % size:
+            fitting = max(d for d in range(1, min(size, batch) + 1) if batch % d == 0)
+            raise SetupError(f"{name}: found {size}, expected a divisor of rollout_batch {batch}, such as {fitting}")
+    _expect_consistent(config)
+    if config.critic.pretrain_iterations >= config.iterations:
+        raise SetupError(
+            f"critic.pretrain_iterations: found {config.critic.pretrain_iterations}, expected less than iterations "
+            f"({config.iterations}): the policy would never move"
+        )
+    warped = [k for k in ("top_p", "top_k", "repetition_penalty") if getattr(config.sampling, k) is not None]
+    if warped:
+        raise SetupError(
+            f"sampling.{warped[0]}: found {getattr(config.sampling, warped[0])}, expected None: the KL to the "
+            "reference and the ratio are undefined off the sampled support. Use it in `ppomax evaluate`"
+        )
+    if config.ptx_weight is not None and not config.ptx_data:
+        raise SetupError("ptx_weight: found a weight but no ptx_data; give --ptx-data FILE or --ptx-weight None")
+    if config.ptx_data and config.ptx_weight is None:
+        raise SetupError("ptx_data: found data but no weight; give --ptx-weight, e.g. 0.1, or leave the data out")
+
+
+def _expect_consistent(config: PPOConfig) -> None:
+    """Refuse settings that contradict each other, or that would be ignored."""
+    for wrong, name, found in (
+        *_advantage_conflicts(config),
+        *_reward_conflicts(config),
+        *_objective_conflicts(config),
+    ):
+        if wrong:
+            raise SetupError(f"{name}: found {found}")
+
+
+Conflict = tuple[bool, str, str]
+
+
+def _advantage_conflicts(config: PPOConfig) -> list[Conflict]:
+    critic, by_critic = config.critic, config.advantage in ("gae", "k_step")
+    tolerance, least = critic.pretrain_tolerance, 2 * PRETRAIN_WINDOW
+    return [
+        (critic.init is None and config.needs_critic, "critic.init",
+         "None, but the advantage or the baseline needs a critic; expected 'reward', 'policy' or a directory"),
+        (critic.init is None and critic.pretrain_iterations > 0, "critic.pretrain_iterations",
+         f"{critic.pretrain_iterations} without a critic; expected 0"),
+        (tolerance is not None and critic.pretrain_iterations < least, "critic.pretrain_tolerance",
+         f"a tolerance, but pretrain_iterations {critic.pretrain_iterations}; expected {least} or more of them"),
+        (by_critic and config.baseline != "critic", "baseline",
+         f"{config.baseline} with advantage {config.advantage}, which has the critic's V; expected critic"),
+        (config.k != 1 and config.advantage != "k_step", "k",
+         f"{config.k} with advantage {config.advantage}; expected advantage k_step"),
+        (config.samples_per_prompt == 1 and config.baseline in ("leave_one_out", "group_normalise"),
+         "samples_per_prompt", f"1 with baseline {config.baseline}; expected at least 2"),
+        (config.advantage == "rewards_to_go" and config.baseline == "group_normalise", "baseline",
+         "group_normalise with advantage rewards_to_go; expected advantage whole_return"),
+    ]  # fmt: skip
+
+
+def _reward_conflicts(config: PPOConfig) -> list[Conflict]:
+    score, kl = config.score, config.kl
+    return [
+        (config.critic.init is None and score.truncated == "bootstrap", "score.truncated",
+         "bootstrap without a critic, whose value it takes; expected score"),
+        (score.scale and score.normalise, "score.scale",
+         "True beside score.normalise; expected one of the two (--score.normalise False)"),
+        (score.scale and score.clip is not None, "score.clip",
+         f"{score.clip} beside score.scale, which clips nothing; expected None"),
+        (score.by_source and not score.normalise, "score.by_source", "True without score.normalise"),
+        (kl.target is not None and kl.coefficient is None, "kl.target",
+         "a target without a coefficient to start from; give kl.coefficient"),
+        (kl.target is not None and config.rollout_batch >= 5 * kl.horizon, "kl.horizon",
+         f"{kl.horizon:g} with rollout_batch {config.rollout_batch}; expected more than a fifth of it"),
+        (kl.place == "loss" and kl.estimator == "k1", "kl.estimator",
+         "k1 in the loss, where its gradient is 0 in expectation; expected k2, k3 or full"),
+    ]  # fmt: skip
+
+
+def _objective_conflicts(config: PPOConfig) -> list[Conflict]:
+    objective, trpo = config.objective, config.objective.kind == "trpo"
+    only = {"penalty_target": ("penalty",), "dual_clip": ("clip",)}
+    ignored = [
+        (getattr(objective, name) is not None and objective.kind not in kinds, f"objective.{name}",
+         f"{getattr(objective, name)} with objective {objective.kind}; expected objective.kind {kinds[0]}")
+        for name, kinds in only.items()
+    ]  # fmt: skip
+    of_trpo = [
+        (trpo and getattr(objective, name) is not None, f"objective.{name}",
+         f"{getattr(objective, name)} with objective trpo, whose step has no room for it; expected None")
+        for name in ("entropy_weight", "importance_cap", "target_kl")
+    ]  # fmt: skip
+    return [
+        *ignored,
+        *of_trpo,
+        (trpo and config.kl.place == "loss", "kl.place", "loss with objective trpo; expected reward"),
+        (trpo and config.ptx_weight is not None, "ptx_weight",
+         f"{config.ptx_weight} with objective trpo, whose step has no room for it; expected None"),
+        (objective.denominator == "reference" and objective.kind in ("trpo", "policy_gradient"),
+         "objective.denominator", f"reference with objective {objective.kind}; expected old"),
+        (objective.entropy_clip is not None and objective.entropy_weight is None, "objective.entropy_clip",
+         f"{objective.entropy_clip} without objective.entropy_weight"),
+    ]  # fmt: skip
