@@ -47,7 +47,7 @@ def test_prompt_ids_by_hand(tokenizer: PreTrainedTokenizerBase) -> None:
     assert ids.count(tokenizer.bos_token_id) == 3 and ids[1] != tokenizer.bos_token_id
 
 
-def test_a_tokenizer_that_adds_a_bos_does_not_double_it(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_trap_09_a_tokenizer_that_adds_a_bos_does_not_double_it(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.bos_token = "<|endoftext|>"
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
@@ -180,7 +180,7 @@ def test_a_template_that_refuses_the_roles_names_them(tokenizer: PreTrainedToken
         render_prompt(tokenizer, [SYSTEM, user("Hello")])
 
 
-def test_fit_prompt_drops_the_oldest_exchanges(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_trap_06_fit_prompt_drops_the_oldest_exchanges(tokenizer: PreTrainedTokenizerBase) -> None:
     messages = (SYSTEM, *TURNS, user("And now?"))
 
     def size(*kept: Message) -> int:

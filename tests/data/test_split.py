@@ -16,7 +16,7 @@ ROWS = [pair(f"{i % 200}", chosen=str(i)) for i in range(300)]
 
 
 @given(st.permutations(range(60)), st.integers(0, 5))
-def test_a_prompt_keeps_its_side_whatever_the_order(order: list[int], seed: int) -> None:
+def test_trap_31_a_prompt_keeps_its_side_whatever_the_order(order: list[int], seed: int) -> None:
     rows = [pair(str(i % 40), chosen=str(i)) for i in range(60)]
     for heldout in (0.3, 12):
         train, held = split_by_key(rows, heldout, seed)
@@ -26,7 +26,7 @@ def test_a_prompt_keeps_its_side_whatever_the_order(order: list[int], seed: int)
 
 
 @pytest.mark.parametrize("heldout", [0.2, 40])
-def test_sides_share_no_key_lose_no_row_and_keep_the_order(heldout: float) -> None:
+def test_trap_31_sides_share_no_key_lose_no_row_and_keep_the_order(heldout: float) -> None:
     train, held = split_by_key(ROWS, heldout, seed=1)
     assert not {row.key for row in train} & {row.key for row in held}
     assert sorted(train + held, key=lambda row: int(row.chosen)) == ROWS

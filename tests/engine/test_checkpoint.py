@@ -148,7 +148,7 @@ def test_leftovers_are_ignored_then_cleaned(tmp_path: Path) -> None:
     assert names(tmp_path) == ["iteration-1", "iteration-3", "notes-to-self"]
 
 
-def test_a_flipped_byte_anywhere_is_found_and_the_one_before_used(tmp_path: Path) -> None:
+def test_trap_30_a_flipped_byte_anywhere_is_found_and_the_one_before_used(tmp_path: Path) -> None:
     older, path = save(tmp_path, 1), save(tmp_path, 2)
     for name in names(path):
         file, good = path / name, (path / name).read_bytes()
@@ -161,6 +161,17 @@ def test_a_flipped_byte_anywhere_is_found_and_the_one_before_used(tmp_path: Path
                 assert problems == verify_checkpoint(path) and problems[0].startswith(f"{file}: found SHA-256")
         file.write_bytes(good)
     assert latest_checkpoint(tmp_path) == (path, [])
+
+
+def test_trap_30_a_save_that_fails_leaves_the_only_checkpoint(tmp_path: Path) -> None:
+    save(tmp_path, 1, keep=1)
+    unwritable = {"w": torch.zeros(4), "z": torch.zeros(2, dtype=torch.complex128)}  # no such type in safetensors
+    with pytest.raises(KeyError):
+        save_checkpoint(tmp_path, "iteration-2", unwritable, {}, keep=1)
+    assert latest_checkpoint(tmp_path) == (tmp_path / "iteration-1", [])
+    assert load_checkpoint(tmp_path / "iteration-1")[1] == {"n": 1}
+    save(tmp_path, 2, keep=1)
+    assert names(tmp_path) == ["iteration-2"]
 
 
 def test_each_damage_is_described(tmp_path: Path) -> None:

@@ -281,6 +281,8 @@ def test_trap_22_warm_up_then_cosine_by_hand() -> None:
     assert rates[11] == pytest.approx(0.2)
     # Step 5 is a third of the way: cos(π/3) = 1/2, so 2·(0.1 + 0.9·0.75) = 1.55.
     assert rates[5] == pytest.approx(1.55)
+    # After the last step a cosine would rise again: at step 21 it would be back at its peak.
+    assert [learning_rate(step, 12, **RATE) for step in (12, 16, 21, 50)] == pytest.approx([0.2] * 4)
 
 
 def test_linear_and_constant_by_hand() -> None:

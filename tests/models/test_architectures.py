@@ -81,8 +81,11 @@ def test_a_window_that_a_few_tokens_do_not_show_is_not_called_exact() -> None:
 
 
 @pytest.mark.parametrize("name", WHOLE)
-def test_scalar_players_read_every_family(directory: Callable[[str], str], name: str) -> None:
-    player, batch = scalar(directory(name), trained=True), batch_of()
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_trap_07_scalar_players_read_every_family_without_dropout(
+    directory: Callable[[str], str], name: str, checkpointing: bool
+) -> None:
+    player, batch = scalar(directory(name), trained=True, checkpointing=checkpointing), batch_of()
     plain = AutoModelForSequenceClassification.from_pretrained(directory(name), num_labels=1, dtype=torch.float32)
     with torch.no_grad():
         plain.score.weight.copy_(player.head.weight)

@@ -237,6 +237,8 @@ def test_trap_28_ratio_statistics_by_hand():
     assert_close(found["approx_kl"], sum(r - 1 - math.log(r) for r in (1.5, 0.5, 1.1)))
     assert_close(found["ratio_max"], 1.5)
     assert_close(found["tokens"], 3.0)
+    # Where every ratio is below 1, padding (ratio 1, as both sides are 0 there) must not be the largest.
+    assert_close(ratio_statistics(OLD + math.log(0.5), OLD, MASK, clip_ratio=0.2)["ratio_max"], 0.5)
     assert not any(
         value.requires_grad for value in ratio_statistics(NEW.requires_grad_(), OLD, MASK, clip_ratio=1).values()
     )

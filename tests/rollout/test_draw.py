@@ -111,7 +111,7 @@ def processors(distribution: Distribution) -> LogitsProcessorList:
         Distribution(0.6),
     ],
 )
-def test_warped_distributions_are_those_of_generate(distribution: Distribution) -> None:
+def test_trap_08_warped_distributions_are_those_of_generate(distribution: Distribution) -> None:
     seed = torch.Generator().manual_seed(9)
     logits = torch.randn(3, 60, generator=seed) * 2
     history = torch.randint(0, 60, (3, 10), generator=seed)

@@ -121,7 +121,7 @@ def test_trap_09_eos_stops_and_is_kept_and_nothing_is_appended(player: Policy) -
     assert len(cut.ids) == 6 and cut.truncated and cut.ids[-1] != VOCABULARY - 1
 
 
-def test_an_eos_on_the_last_allowed_token_is_no_truncation(player: Policy) -> None:
+def test_trap_27_an_eos_on_the_last_allowed_token_is_no_truncation(player: Policy) -> None:
     prompts = many_prompts()
     responses = sampled(player, prompts)
     ended = [i for i, s in enumerate(responses) if not s.truncated and len(s.ids) > 1]

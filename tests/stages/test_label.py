@@ -69,7 +69,7 @@ def test_the_same_seed_gives_the_same_file_whatever_is_decoded_side_by_side(
     assert labelled(tmp_path / "c.jsonl", trained, toys, seed=1) != first
 
 
-def test_ties_and_empty_losers_make_no_pair(trained: Trained, toys: Toys, tmp_path: Path) -> None:
+def test_trap_24_ties_and_empty_losers_make_no_pair(trained: Trained, toys: Toys, tmp_path: Path) -> None:
     def by_place(prompts: Sequence[Any], responses: Sequence[str], **columns: Any) -> list[float]:
         return [float(i % 3) for i in range(len(responses))]
 

@@ -64,7 +64,7 @@ def expect_equal(verb: str, a: Path, b: Path) -> None:
 
 
 @pytest.mark.parametrize(("verb", "number"), [("sft", 2), ("reward", 2), ("ppo", 2), ("ppo", 15)])
-def test_trap_29_stopped_by_a_signal_it_saves_says_how_to_go_on_and_does(
+def test_trap_22_and_29_stopped_by_a_signal_it_saves_says_how_to_go_on_and_does(
     verb: str, number: int, words: Words, uninterrupted: Callable[[str], Path], command: type[Command], tmp_path: Path
 ) -> None:
     stop_after = random.Random(f"{verb} {number}").randint(2, LAST_ROW[verb] - 3)

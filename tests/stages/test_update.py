@@ -234,6 +234,23 @@ def test_trap_21_five_such_steps_in_a_row_end_the_run(trained: Trained, toys: To
         updated(job, spoilt(job, it))
 
 
+def test_trap_21_policy_and_critic_are_clipped_each_by_its_own_norm(
+    trained: Trained, toys: Toys, tmp_path: Path
+) -> None:
+    limits = {"policy": 1e-3, "critic": 2e-3}
+    optim = {role: CALM.model_copy(update={"max_grad_norm": limit}) for role, limit in limits.items()}
+    critic = CriticConfig(init="policy", pretrain_iterations=1, optim=optim["critic"])
+    settings: dict[str, Any] = {**ONE_MINIBATCH, "optim": optim["policy"], "critic": critic}
+    job = prepared(ppo_config(tmp_path / "run", trained.sft, toys.prompts, **settings))
+    means = updated(job, first_iteration(job)).means()
+    for role, limit in limits.items():
+        state = getattr(job.optimisers, role).adamw.state.values()
+        # The first moment after one step is (1 − β₁) times the gradient that AdamW was given.
+        norm = float(torch.nn.utils.get_total_norm([moments["exp_avg"] for moments in state]))
+        assert norm / (1 - CALM.betas[0]) == pytest.approx(limit, rel=1e-2)
+        assert means[f"grad_norm_{role}"] > 2 * limit, "what is logged is the norm before the clip"
+
+
 @pytest.mark.parametrize("warmup", [0.0, 0.1])
 def test_pre_training_leaves_the_policy_untouched_without_any_warm_up(
     warmup: float, trained: Trained, toys: Toys, tmp_path: Path
