@@ -18,7 +18,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-inp
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-fast check bench golden clean
+.PHONY: help venv quickstart test test-fast check mutate bench golden clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -58,6 +58,9 @@ check: $(INSTALLED) ## lint, format, types, layers of imports: under 30 seconds
 	@$(BIN)/ruff format --check .
 	@$(BIN)/basedpyright
 	@$(BIN)/python -m pytest -q tests/test_layers.py -k "not random_state"
+
+mutate: $(INSTALLED) ## plant each known mistake in a copy of src/: a test must notice it; minutes, ARGS="21 22" for some
+	@$(BIN)/python tests/mutation/run.py $(ARGS)
 
 bench: $(INSTALLED) ## speed and quality against the recorded numbers
 	@$(BIN)/python bench/run.py $(ARGS)

@@ -86,11 +86,11 @@ def stage_configs(config: QuickstartConfig) -> dict[str, Any]:
     return {
         "sft": SFTConfig(
             run_dir=at / "sft", model=config.model, data=(_data("dialogues"),), heldout=0.05, epochs=2, batch_size=16,
-            max_length=256, eval_every=100, seed=config.seed, compute=compute, optim=OptimConfig(lr=2e-4),
+            max_length=256, eval_every=20, seed=config.seed, compute=compute, optim=OptimConfig(lr=2e-4),
         ),
         "reward": RewardConfig(
             run_dir=at / "reward", model=str(at / "sft" / "final"), data=(str(at / "pairs.jsonl"),), heldout=0.06,
-            epochs=2, tokens_per_batch=2560, max_length=256, lm_weight=0.1, margin=4.0, eval_every=50, seed=config.seed,
+            epochs=2, tokens_per_batch=2560, max_length=256, lm_weight=0.1, margin=4.0, eval_every=25, seed=config.seed,
             compute=compute, optim=OptimConfig(lr=3e-4),
         ),
         "ppo": PPOConfig(
