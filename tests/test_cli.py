@@ -216,7 +216,7 @@ def test_recipes_lists_all_with_their_docstrings(capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize("verb", ["ppo", "reward"])
 def test_a_printed_recipe_is_a_config_file(verb: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in VERBS[verb].recipes:
-        assert main(["recipes", name]) == 0
+        assert main(["recipes", f"{verb}/{name}"]) == 0
         Path("printed.yaml").write_text(capsys.readouterr().out)
         assert parse(verb, ["--config", "printed.yaml"]).config == VERBS[verb].recipes[name]()
 
@@ -239,6 +239,7 @@ def test_recipes_diff_shows_what_differs_and_nothing_else(capsys: pytest.Capture
         ("xyzzy", "error: unknown verb 'xyzzy'. Known: sft, "),
         ("ppo --recipe vanila", "error: unknown recipe 'vanila'; did you mean 'vanilla'?"),
         ("recipes vanila", "error: unknown recipe 'vanila'; did you mean 'vanilla'?"),
+        ("recipes instructgpt", "error: recipe 'instructgpt': found several, expected one of reward/instructgpt, ppo/"),
         ("recipes --diff vanilla paper", "error: recipes 'vanilla' and 'paper' are for different verbs"),
         ("ppo --config nowhere.yaml", "error: nowhere.yaml: cannot be read (No such file or directory)"),
         ("ppo --config .", "error: .: cannot be read (Is a directory)"),

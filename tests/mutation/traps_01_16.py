@@ -233,6 +233,18 @@ MUTATIONS = [
         (f"{KL}::test_trap_14_k1_and_k3_agree_with_the_full_vocabulary_in_expectation",),
     ),
     Mutation(
+        14, "k3 loses its digits near 0 and turns negative", "rl/kl.py",
+        "return torch.expm1(-difference) + difference",
+        "return torch.exp(-difference) - 1 + difference",
+        (f"{KL}::test_trap_14_k3_is_never_negative_in_float32",),
+    ),
+    Mutation(
+        14, "the exact KL is that of the other direction", "rl/kl.py",
+        "return (log_p.exp() * difference).sum(dim=-1)",
+        "return -(log_q.exp() * difference).sum(dim=-1)",
+        (f"{LOSSES}::test_trap_14_the_penalty_without_an_exact_kl_has_the_value_and_gradient_of_kl_old_new",),
+    ),
+    Mutation(
         14, "the loss that says k2 has k3's gradient", "rl/policy_objectives.py",
         'estimators = {"k1": k1, "k2": k2, "k3": k3}',
         'estimators = {"k1": k1, "k2": k3, "k3": k3}',

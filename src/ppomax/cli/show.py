@@ -54,9 +54,14 @@ def show_recipes() -> None:
 
 
 def show_recipe(name: str) -> None:
-    """A recipe as YAML that `--config` takes."""
-    for verb, config in _named(name):
-        print(f"# ppomax {verb} --recipe {name}")
+    """A recipe as YAML that `--config` takes; one that several verbs have is named `verb/recipe`."""
+    found = _named(name)
+    if len(found) > 1:
+        raise SetupError(
+            f"recipe '{name}': found several, expected one of {', '.join(f'{v}/{name}' for v, _ in found)}"
+        )
+    for verb, config in found:
+        print(f"# ppomax {verb} --recipe {name.rpartition('/')[2]}")
         print(yaml.safe_dump(plain(config), sort_keys=False, allow_unicode=True), end="")
 
 
@@ -114,8 +119,8 @@ def _recipes() -> Iterator[tuple[str, str, Any]]:
 
 
 def _named(name: str) -> list[tuple[str, Schema]]:
-    """(verb, configuration) of every recipe of that name."""
-    found = [(verb, function()) for verb, recipe, function in _recipes() if recipe == name]
+    """(verb, configuration) of every recipe of that name, or of the one that `verb/recipe` names."""
+    found = [(verb, function()) for verb, recipe, function in _recipes() if name in (recipe, f"{verb}/{recipe}")]
     if not found:
         known = [recipe for _, recipe, _ in _recipes()]
         raise SetupError(f"unknown recipe '{name}'{nearest(name, known)} Known: {', '.join(known)}")
