@@ -8,8 +8,8 @@ from functools import cache
 import pytest
 
 from mutation.mutant import ROOT, Mutation, traps_in
-from mutation.run import Outcome
 from mutation.traps import MUTATIONS, TRAPS
+from mutation.trial import Outcome
 from mutation.witness import is_assertion
 
 each = pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda m: f"{m.trap} {m.what}")

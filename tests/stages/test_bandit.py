@@ -1,12 +1,14 @@
-"""PPO against a known answer: responses of one token, for which the best policy has a closed form.
+"""PPO against a known answer: responses of one token, and of two, for which the best policy has a closed form.
 
 With η times the KL to the reference subtracted from the reward, the optimum at a prompt is, to the last digit,
 
     pi*(a) = pi_ref(a) · exp(r(a) / η) / Z,   V* = η · log Z
 
 and there r(a) − η·log(pi*(a) / pi_ref(a)) = V* for every a: the advantages vanish, so that a run can come to rest, and
-only there. A score in a wrong place or of another prompt, a KL of a wrong weight, sign or direction, a baseline or a
-group that is not the prompt's, a clip that eats one side: all of them come to rest somewhere else.
+only there. A score in a wrong place or of another prompt, a KL of a wrong weight, sign or direction, a wrong
+temperature, discount or normalisation come to rest somewhere else. What only shapes the way there (the clip, the
+penalty, the baseline, λ) does not move the optimum: these tests show that it is reached with them, not that they are
+right.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ def wage_of(turn: int, token: int) -> float:
 
 
 def wage(prompts: Sequence[Any], responses: Sequence[str], **columns: Any) -> list[float]:
-    """A reward: the wage of a response's token."""
+    """A reward: the wages of a response's tokens; the second is paid as if on the next prompt."""
     rows = zip(columns["turn"], columns["response_ids"], strict=True)
     return [sum(wage_of(turn + t, token) for t, token in enumerate(ids)) for turn, ids in rows]
 
@@ -175,8 +177,6 @@ ARMS: dict[str, dict[str, Any]] = {
     "trpo": TRPO,
     "reinforce": REINFORCE,
     "rloo": RLOO,
-    "rloo, hotter": RLOO
-    | {"sampling": SamplingConfig(max_new_tokens=1, max_rows=1024, temperature=1.5), "optim": rate(1.5e-2)},
 }
 
 
@@ -184,23 +184,27 @@ ARMS: dict[str, dict[str, Any]] = {
 def test_a_run_ends_at_the_closed_form(arm: str, bandit: Bandit, tmp_path: Path) -> None:
     config = bandit_config(tmp_path / "run", bandit, **ARMS[arm])
     ppo(config, reward=wage)
-    states, temperature = [prompt_ids(turn) for turn in range(3)], config.sampling.temperature
-    reference = next_token(causal(bandit.reference), states, temperature)
-    policy = next_token(causal(config.run_dir / "final"), states, temperature)
+    states = [prompt_ids(turn) for turn in range(3)]
+    reference, policy = (next_token(causal(folder), states) for folder in (bandit.reference, config.run_dir / "final"))
     arrives(reference, policy, optimum(reference, WAGES[:3], ETA), not_at=optimum(reference, WAGES[:3], 2 * ETA))
     if config.critic.init is not None:
         critic = AutoModelForSequenceClassification.from_pretrained(config.run_dir / "critic")
         assert values_at(critic, states) == pytest.approx(soft_values(reference, WAGES[:3], ETA), abs=0.05)
 
 
+def test_the_answer_is_that_of_the_temperature_which_is_sampled_at(bandit: Bandit, tmp_path: Path) -> None:
+    sampling = SamplingConfig(max_new_tokens=1, max_rows=1024, temperature=0.7)
+    job = trained(bandit_config(tmp_path / "run", bandit, **RLOO, sampling=sampling))
+    reference, policy = reference_and_policy(job, temperature=0.7)
+    elsewhere, _ = reference_and_policy(job)
+    arrives(reference, policy, optimum(reference, WAGES[:3], ETA), not_at=optimum(elsewhere, WAGES[:3], ETA))
+
+
 def test_the_reference_counts_and_not_the_start(bandit: Bandit, tmp_path: Path) -> None:
-    config = bandit_config(tmp_path / "run", bandit, policy=bandit.elsewhere, **RLOO, iterations=80)
-    ppo(config, reward=wage)
-    states = [prompt_ids(turn) for turn in range(3)]
-    reference, start, end = (
-        next_token(causal(folder), states) for folder in (bandit.reference, bandit.elsewhere, config.run_dir / "final")
-    )
-    arrives(start, end, optimum(reference, WAGES[:3], ETA), not_at=optimum(start, WAGES[:3], ETA))
+    config = bandit_config(tmp_path / "run", bandit, policy=bandit.elsewhere, **RLOO, iterations=65)
+    reference, policy = reference_and_policy(trained(config))
+    start = next_token(causal(bandit.elsewhere), [prompt_ids(turn) for turn in range(3)])
+    arrives(start, policy, optimum(reference, WAGES[:3], ETA), not_at=optimum(start, WAGES[:3], ETA))
 
 
 def test_ppo_max_ends_at_the_closed_form_of_the_normalised_and_clipped_score(bandit: Bandit, tmp_path: Path) -> None:
@@ -209,16 +213,30 @@ def test_ppo_max_ends_at_the_closed_form_of_the_normalised_and_clipped_score(ban
     config = bandit_config(
         tmp_path / "run", bandit, **CLIPPED, score=ScoreConfig(clip=1.0), kl=KLConfig(coefficient=0.8)
     )
-    job = prepared(config, wage)
-    for iteration in range(config.iterations):
-        one_iteration(job, history, iteration)
-    states = [prompt_ids(turn) for turn in range(3)]
-    reference, policy = (next_token(p.model, states) for p in (job.players.reference, job.players.policy))
+    reference, policy = reference_and_policy(job := trained(config, history))
     normal = (WAGES[:3] - 0.5) / 0.25
     arrives(reference, policy, optimum(reference, normal.clamp(-1, 1), 0.8), not_at=optimum(reference, normal, 0.8))
     assert job.players.critic is not None
-    values = values_at(job.players.critic.model, states)
+    values = values_at(job.players.critic.model, [prompt_ids(turn) for turn in range(3)])
     assert values == pytest.approx(soft_values(reference, normal.clamp(-1, 1), 0.8), abs=0.15)
+
+
+UNUSED = History()
+
+
+def trained(config: PPOConfig, history: History = UNUSED) -> Job:
+    """A run without its log and files. The history of scores stays what it is; a raw score does not look at it."""
+    job = prepared(config, wage)
+    for iteration in range(config.iterations):
+        one_iteration(job, history, iteration)
+    return job
+
+
+def reference_and_policy(job: Job, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """What they say after the prompts."""
+    states = [prompt_ids(turn) for turn in range(3)]
+    models = job.players.reference.model, job.players.policy.model
+    return next_token(models[0], states, temperature), next_token(models[1], states, temperature)
 
 
 def one_iteration(job: Job, history: History, iteration: int) -> None:
@@ -257,14 +275,14 @@ IN_LOSS: dict[str, Any] = RLOO | {"rollout_batch": 192, "minibatch": 192, "sampl
 @pytest.mark.parametrize("estimator", ["k2", "full"])
 def test_a_kl_in_the_loss_has_the_same_optimum(estimator: Any, bandit: Bandit, tmp_path: Path) -> None:
     kl = KLConfig(coefficient=ETA, place="loss", estimator=estimator)
-    reference, policy = before_and_after(bandit_config(tmp_path / "run", bandit, **IN_LOSS, kl=kl))
+    reference, policy = reference_and_policy(trained(bandit_config(tmp_path / "run", bandit, **IN_LOSS, kl=kl)))
     arrives(reference, policy, optimum(reference, WAGES[:3], ETA), not_at=optimum(reference, WAGES[:3], 2 * ETA))
 
 
 def test_k3_in_the_loss_has_the_optimum_of_the_other_direction(bandit: Bandit, tmp_path: Path) -> None:
     """The best of E[r] − η·KL(pi_ref ‖ pi) is pi(a) = η·pi_ref(a) / (c − r(a)), with the c > max r that makes it 1."""
     kl = KLConfig(coefficient=ETA, place="loss", estimator="k3")
-    reference, policy = before_and_after(bandit_config(tmp_path / "run", bandit, **IN_LOSS, kl=kl))
+    reference, policy = reference_and_policy(trained(bandit_config(tmp_path / "run", bandit, **IN_LOSS, kl=kl)))
     rows = [other_direction(p, r, ETA) for p, r in zip(reference, WAGES[:3], strict=True)]
     arrives(reference, policy, torch.stack(rows), not_at=optimum(reference, WAGES[:3], ETA))
 
@@ -276,16 +294,9 @@ def test_grpo_without_the_std_has_a_closed_form(bandit: Bandit, tmp_path: Path) 
     """
     kl = KLConfig(coefficient=ETA, place="loss", estimator="full")
     changes = IN_LOSS | {"baseline": "group_mean", "objective": ObjectiveConfig(), "minibatch": 96, "kl": kl}
-    reference, policy = before_and_after(bandit_config(tmp_path / "run", bandit, **changes))
+    reference, policy = reference_and_policy(trained(bandit_config(tmp_path / "run", bandit, **changes)))
     eta = ETA * 64 / 63
     arrives(reference, policy, optimum(reference, WAGES[:3], eta), not_at=optimum(reference, WAGES[:3], 2 * eta))
-
-
-def before_and_after(config: PPOConfig) -> tuple[Tensor, Tensor]:
-    """A run; what the reference says and what the policy says after it."""
-    ppo(config, reward=wage)
-    states = [prompt_ids(turn) for turn in range(3)]
-    return next_token(causal(config.policy), states), next_token(causal(config.run_dir / "final"), states)
 
 
 def other_direction(reference: Tensor, score: Tensor, eta: float) -> Tensor:
@@ -295,3 +306,50 @@ def other_direction(reference: Tensor, score: Tensor, eta: float) -> Tensor:
         c = (low + high) / 2
         low, high = (c, high) if float((eta * reference.exp() / (c - score)).sum()) > 1 else (low, c)
     return (eta * reference.exp() / (high - score)).log()
+
+
+def test_gae_ends_at_the_closed_form_of_two_tokens(tmp_path: Path) -> None:
+    """The first token is worth its wage and V* of the state that it leads to; an eos leads nowhere."""
+    first, said, eta = [prompt_ids(0)], SAID[:6], 0.4
+    folder = speaker(tmp_path / "reference", first + [[*first[0], a] for a in said], said, seed=3)
+    asked = write_rows(tmp_path / "prompts.jsonl", [{"prompt": PROMPTS[0], "turn": 0}])
+    changes = CLIPPED | {"rollout_batch": 192, "samples_per_prompt": 192, "minibatch": 96, "iterations": 30}
+    changes |= {"kl": KLConfig(coefficient=eta), "sampling": SamplingConfig(max_new_tokens=2, max_rows=1024)}
+    config = bandit_config(tmp_path / "run", Bandit(folder, folder, asked), **changes)
+    ppo(config, reward=wage)
+    reference, policy = two_tokens(causal(folder), first), two_tokens(causal(config.run_dir / "final"), first)
+    before, after = (pair_divergence(pair, best_pair(reference, eta)) for pair in (reference, policy))
+    print(f"KL to the optimum: {before:.4f} at the start, {after:.5f} at the end")
+    assert before > 10 * BOUND
+    assert after < BOUND
+    assert pair_divergence(policy, best_pair(reference, 2 * eta)) > 2 * BOUND
+
+
+@dataclass(frozen=True)
+class TwoTokens:
+    """Exact log-probs of the first token [P, V] and of the second after each first [P, V, V]."""
+
+    first: Tensor
+    second: Tensor
+
+
+@torch.no_grad()
+def two_tokens(model: Any, firsts: Sequence[Sequence[int]]) -> TwoTokens:
+    every = [torch.tensor([[*ids, a] for a in range(VOCABULARY)]) for ids in firsts]
+    seconds = torch.stack([model(ids).logits[:, -1] for ids in every])
+    return TwoTokens(next_token(model, firsts), seconds.double().log_softmax(-1))
+
+
+def best_pair(reference: TwoTokens, eta: float) -> TwoTokens:
+    """The optimum by backward induction: the second token in each state, then the first."""
+    second = optimum(reference.second, WAGES[1:2, None, :], eta)
+    value = eta * (reference.second + WAGES[1:2, None, :] / eta).logsumexp(-1)
+    value[:, EOS] = 0.0
+    return TwoTokens(optimum(reference.first, WAGES[:1] + value, eta), second)
+
+
+def pair_divergence(policy: TwoTokens, other: TwoTokens) -> float:
+    """The exact KL of the distributions over whole responses, nats."""
+    after = (policy.second.exp() * (policy.second - other.second)).sum(-1)
+    after[:, EOS] = 0.0
+    return divergence(policy.first, other.first) + float((policy.first.exp() * after).sum(-1).mean())

@@ -123,7 +123,7 @@ def shaped_by_hand(it: FirstIteration, config: PPOConfig) -> tuple[list[list[flo
     for b, n in enumerate(rollout.length_B.tolist()):
         value = min(max((scores[b] - mean) / std, -0.8), 0.8)  # the test's clip
         value = 0.0 if bootstrapped[b] else value
-        value -= 0.3 if cut[b] else 0.0  # the test's penalty
+        value -= 2.0 if cut[b] else 0.0  # the test's penalty, which leaves the range of the clip before it
         kl = (scored.old_logprobs_BR[b] - scored.reference_logprobs_BR[b]).tolist()
         row = [-0.05 * kl[r] for r in range(n)]
         row[-1] += value
@@ -142,7 +142,7 @@ def shaped_by_hand(it: FirstIteration, config: PPOConfig) -> tuple[list[list[flo
 def test_trap_11_15_16_the_order_of_shaping(truncated: Any, trained: Trained, toys: Toys, tmp_path: Path) -> None:
     config = ppo_config(
         tmp_path / "run", trained.sft, toys.prompts, reward=("stages.toy:length_reward",), rollout_batch=32, gamma=0.99,
-        score=ScoreConfig(clip=0.8, missing_eos_penalty=0.3, truncated=truncated), kl=KLConfig(coefficient=0.05),
+        score=ScoreConfig(clip=0.8, missing_eos_penalty=2.0, truncated=truncated), kl=KLConfig(coefficient=0.05),
     )  # fmt: skip
     job = prepared(config)
     with torch.no_grad():  # a policy that has left its reference, so that there is a KL to subtract

@@ -165,6 +165,12 @@ class PPOConfig(Schema):
     samples_per_prompt: int = Field(default=1, ge=1, description="Responses per prompt within a rollout batch.")
     minibatch: int = Field(default=32, ge=1, description="Responses per optimiser step.")
     epochs: int = Field(default=1, ge=1, description="Passes over a rollout batch.")
+    buffer: int = Field(
+        default=1,
+        ge=1,
+        description="Rollout batches that an iteration learns from: its own and those of the iterations before it. More"
+        " than 1 need objective.importance_cap, whose weights make up for the older policy that sampled them.",
+    )
     max_prompt_tokens: int = Field(
         default=512, ge=4, description="Old turns are dropped to fit; a prompt that can't is dropped."
     )

@@ -9,6 +9,7 @@ from ppomax.models.load import export, export_scalar
 from ppomax.monitor.progress import progress
 from ppomax.rewards.callables import RewardFunction, function_name
 from ppomax.rollout.collect import collect, iteration_prompts, response_texts
+from ppomax.stages.buffer import joined, reread
 from ppomax.stages.estimate import estimate, seen
 from ppomax.stages.ppo_log import Clock, metrics_row, note, raise_alarms, sample_rows
 from ppomax.stages.ppo_setup import prepare, state_of
@@ -56,15 +57,18 @@ def train(run: Session, config: PPOConfig, reward: RewardFunction | None) -> dic
                     job.players, rollout, plan, texts, temperature=config.sampling.temperature,
                     bootstrap=config.score.truncated == "bootstrap", full_kl=config.kl.estimator == "full",
                 )  # fmt: skip
+                older = reread(job.players, job.kept, config, iteration)
             job.seen = seen(scored, job.seen, config)
             if iteration == 0:
                 scored = job.scale_critic(scored)
             with clock("train"):
                 experience, rewards_BR = estimate(scored, job.seen, config, kl_coefficient=job.steering.kl)
+                again = [(estimate(s, job.seen, config, kl_coefficient=job.steering.kl)[0], p) for s, p in older]
                 totals = update(
-                    job.players, job.optimisers, experience, plan, config, iteration=iteration, ptx=job.ptx,
-                    steering=job.steering,
+                    job.players, job.optimisers, *joined([(experience, plan), *again]), config, iteration=iteration,
+                    ptx=job.ptx, steering=job.steering,
                 )  # fmt: skip
+                job.kept.append(scored)
             row = metrics_row(iteration, config, scored, statistics, experience, rewards_BR, totals, texts, job, clock)
             if config.objective.penalty_target is not None:
                 row["distance_moved"] = distance_moved(job.players, experience, plan, config)

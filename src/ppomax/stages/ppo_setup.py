@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -22,8 +23,9 @@ from ppomax.rewards.model import RewardModel
 from ppomax.rl.convergence import has_converged
 from ppomax.rl.kl import adaptive_coefficient, penalty_coefficient
 from ppomax.rl.shaping import Moments
-from ppomax.rollout.collect import eos_token_ids
+from ppomax.rollout.collect import eos_token_ids, iteration_prompts, repeated
 from ppomax.rollout.sampler import Distribution
+from ppomax.stages.buffer import from_tensors, tensors_of
 from ppomax.stages.estimate import History
 from ppomax.stages.inputs import (
     Tokens,
@@ -37,7 +39,7 @@ from ppomax.stages.players import Players, load_players
 from ppomax.stages.ppo_checks import PRETRAIN_WINDOW, expect_possible
 from ppomax.stages.session import Session
 from ppomax.stages.sft import adamw, schedule
-from ppomax.stages.update import Optimisers, Steering
+from ppomax.stages.update import Optimisers, Steering, schedule_position
 from ppomax.types import Prompt, ScoredRollouts, SetupError
 
 SAMPLES_KEPT = 8
@@ -57,6 +59,7 @@ class Job:
     distribution: Distribution
     eos_ids: list[int]
     steering: Steering
+    kept: deque[ScoredRollouts]
     seen: History = field(default_factory=History)
     history: list[dict[str, Any]] = field(default_factory=list)
     start: int = 0
@@ -65,6 +68,11 @@ class Job:
     def prompts_per_iteration(self) -> int:
         """Distinct prompts of one rollout batch."""
         return self.config.rollout_batch // self.config.samples_per_prompt
+
+    def rows_of(self, iteration: int) -> list[int]:
+        """Indices of an iteration's prompts, `samples_per_prompt` times each: a function of the iteration's number."""
+        indices = iteration_prompts(len(self.prompts), self.prompts_per_iteration, iteration, self.config.seed)
+        return repeated(indices, self.config.samples_per_prompt)[0]
 
     @property
     def moments(self) -> Moments:
@@ -172,6 +180,7 @@ def prepare(run: Session, config: PPOConfig, reward: RewardFunction | None) -> J
         config, players, optimisers, prompts, prompt_ids, ptx, judge,
         distribution=Distribution(config.sampling.temperature),
         eos_ids=eos_token_ids(players.policy.model, tokenizer), steering=Steering.start(config),
+        kept=deque(maxlen=config.buffer - 1),
     )  # fmt: skip
     _print_plan(run, job, report, ptx_report)
     run.rehearse(_state_bytes(optimisers))
@@ -193,6 +202,7 @@ def state_of(job: Job) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors |= {f"critic/{name}": t for name, t in job.optimisers.critic.state_tensors().items()}
     if job.optimisers.average is not None:
         tensors |= {f"average/{name}": t for name, t in job.optimisers.average.means.items()}
+    tensors |= {f"buffer/{name}": t for name, t in tensors_of(job.kept).items()}
     return tensors, {"seen": job.seen.to_dict(), "steering": asdict(job.steering)}
 
 
@@ -207,6 +217,10 @@ def _restore(job: Job, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) 
         job.optimisers.average.load(of("average/"))
     job.seen, job.steering = History.from_dict(state["seen"]), Steering(**state["steering"])
     job.start = int(state["iteration"]) + 1
+    for iteration in range(max(job.start - job.config.buffer + 1, 0), job.start):
+        rows = job.rows_of(iteration)
+        prompts, ids = tuple(job.prompts[i] for i in rows), tuple(job.prompt_ids[i] for i in rows)
+        job.kept.append(from_tensors(of("buffer/"), len(job.kept), prompts, ids))
 
 
 def _optimisers(players: Players, config: PPOConfig) -> Optimisers:
@@ -238,7 +252,7 @@ def _read_ptx(tokenizer: Any, config: PPOConfig) -> tuple[list[Tokens], str]:
 def _print_plan(run: Session, job: Job, report: str, ptx_report: str) -> None:
     config, players = job.config, job.players
     steps = config.rollout_batch // config.minibatch * config.epochs
-    policy_steps = (config.iterations - config.critic.pretrain_iterations) * steps
+    _, policy_steps = schedule_position(config, job.steering, 0)
     passes = config.iterations * job.prompts_per_iteration / len(job.prompts)
     weights = sum(t.numel() * t.element_size() for t in _distinct_parameters(players))
     states = _state_bytes(job.optimisers)
@@ -254,7 +268,8 @@ def _print_plan(run: Session, job: Job, report: str, ptx_report: str) -> None:
             f"{config.samples_per_prompt}, at most {config.sampling.max_new_tokens} tokens, temperature "
             f"{config.sampling.temperature:g}",
             "steps": f"{steps} an iteration ({config.minibatch} responses each, {config.epochs} epochs), "
-            f"{policy_steps} in all",
+            f"{policy_steps} in all"
+            + (f"; each rollout is learnt from in {config.buffer} iterations" if config.buffer > 1 else ""),
             "policy": schedule(config.optim, policy_steps),
             "critic": "none" if players.critic is None else schedule(config.critic.optim, policy_steps),
             "ptx": ptx_report,

@@ -66,41 +66,68 @@ def _batch(rollout: Rollout, responses: list[list[int]], rows: Sequence[int], pl
     return players.trunk(batch)
 
 
+@dataclass(frozen=True)
+class Readings:
+    """What the players that learn say about a rollout. Float32 [B, R], after_B [B]; full_kl_BR where asked for."""
+
+    logprobs_BR: Tensor
+    statistics: TokenStatistics
+    values_BR: Tensor
+    after_B: Tensor
+    full_kl_BR: Tensor | None
+
+    def bootstrap_B(self, rollout: Rollout, wanted: bool) -> Tensor:
+        """V of the state that the length limit cut, 0 for other rows and where nothing is bootstrapped."""
+        return torch.where(rollout.truncated_B & wanted, self.after_B, 0.0)
+
+
+@torch.no_grad()
+def read(
+    players: Players, rollout: Rollout, plan: list[list[Microbatch]], *, temperature: float, full_kl: bool
+) -> Readings:
+    """Policy and critic, as they are now, on a rollout."""
+    B, R = rollout.response_ids_BR.shape
+    logprobs, entropy, plain, values, exact_kl = (torch.zeros(B, R) for _ in range(5))
+    after_B = torch.zeros(B)
+    for micro in (m for group in plan for m in group):
+        index, width = torch.tensor(micro.rows), micro.batch.response_width
+        against = players.reference if full_kl else None
+        scores = players.policy(micro.batch, temperature=temperature, statistics=True, against=against)
+        for target, source in (
+            (logprobs, scores.logprobs_BT),
+            (entropy, scores.entropy_BT),
+            (plain, scores.plain_logprobs_BT),
+            (exact_kl, scores.kl_BT),
+        ):
+            if source is not None:
+                target[index, :width] = at_responses(source, micro.batch).cpu()
+        if players.critic is not None:
+            values_BT = players.critic(micro.batch).values_BT
+            values[index, :width] = at_responses(values_BT, micro.batch, before=True).cpu()
+            after_B[index] = at_end(values_BT, micro.batch).cpu()
+    return Readings(logprobs, TokenStatistics(entropy, plain), values, after_B, exact_kl if full_kl else None)
+
+
 @torch.no_grad()
 def score(
     players: Players, rollout: Rollout, plan: list[list[Microbatch]], texts: list[str], *, temperature: float,
     bootstrap: bool, full_kl: bool = False,
 ) -> tuple[ScoredRollouts, TokenStatistics]:  # fmt: skip
     """Old, reference and critic readings and every reward term of a rollout; nothing is shaped yet."""
-    B, R = rollout.response_ids_BR.shape
-    old, reference, values, entropy, plain, exact_kl = (torch.zeros(B, R) for _ in range(6))
-    after_B = torch.zeros(B)
     components, dense_BR = score_texts(players.terms, rollout, texts)
     readers = [t for t in players.terms if isinstance(t.reward, RewardModel) and t.reward.reads_ids]
-    components |= {term.name: torch.zeros(B) for term in readers}
+    components |= {term.name: torch.zeros(len(rollout)) for term in readers}
+    now = read(players, rollout, plan, temperature=temperature, full_kl=full_kl)
+    reference_BR = torch.zeros_like(now.logprobs_BR)
     for micro in (m for group in plan for m in group):
         index, width = torch.tensor(micro.rows), micro.batch.response_width
-        against = players.reference if full_kl else None
-        scores = players.policy(micro.batch, temperature=temperature, statistics=True, against=against)
-        if scores.kl_BT is not None:
-            exact_kl[index, :width] = at_responses(scores.kl_BT, micro.batch).cpu()
-        for target, source in (
-            (old, scores.logprobs_BT),
-            (entropy, scores.entropy_BT),
-            (plain, scores.plain_logprobs_BT),
-            (reference, players.reference(micro.batch, temperature=temperature).logprobs_BT),
-        ):
-            target[index, :width] = at_responses(source, micro.batch).cpu()
-        if players.critic is not None:
-            values_BT = players.critic(micro.batch).values_BT
-            values[index, :width] = at_responses(values_BT, micro.batch, before=True).cpu()
-            after_B[index] = at_end(values_BT, micro.batch).cpu()
+        logprobs_BT = players.reference(micro.batch, temperature=temperature).logprobs_BT
+        reference_BR[index, :width] = at_responses(logprobs_BT, micro.batch).cpu()
         for term in readers:
             assert isinstance(term.reward, RewardModel)
             components[term.name][index] = term.reward.score_ids(micro.batch).cpu()
-    bootstrap_B = torch.where(rollout.truncated_B, after_B, 0.0) if bootstrap else torch.zeros(B)
     scored = ScoredRollouts(
-        rollout, old, reference, values, weighted_sum(players.terms, components), components, bootstrap_B, dense_BR,
-        exact_kl if full_kl else None,
+        rollout, now.logprobs_BR, reference_BR, now.values_BR, weighted_sum(players.terms, components), components,
+        now.bootstrap_B(rollout, bootstrap), dense_BR, now.full_kl_BR,
     )  # fmt: skip
-    return scored, TokenStatistics(entropy, plain)
+    return scored, now.statistics

@@ -87,9 +87,7 @@ def update(
     steering = steering or Steering.start(config)
     pretraining = steering.pretraining(iteration, config)
     epochs = config.critic.pretrain_epochs if pretraining else config.epochs
-    cap = config.critic.pretrain_iterations
-    first = (iteration - (cap if steering.pretrained is None else steering.pretrained)) * config.epochs * len(plan)
-    total = (config.iterations - cap) * config.epochs * len(plan)
+    first, total = schedule_position(config, steering, iteration)
     totals, failures = Totals(), 0
     for epoch in range(epochs):
         for number, which in enumerate(epoch_order(len(plan), seed=config.seed, epoch=iteration * epochs + epoch)):
@@ -112,6 +110,17 @@ def update(
                     "changed by them. Lower the learning rate, or look at the scores in metrics.jsonl"
                 )
     return totals
+
+
+def schedule_position(config: PPOConfig, steering: Steering, iteration: int) -> tuple[int, int]:
+    """The number of the iteration's first step of the policy, and of all its steps."""
+    start = config.critic.pretrain_iterations if steering.pretrained is None else steering.pretrained
+    steps = config.rollout_batch // config.minibatch * config.epochs
+
+    def before(end: int) -> int:
+        return steps * sum(min(i + 1, config.buffer) for i in range(start, end))
+
+    return before(iteration), before(start + config.iterations - config.critic.pretrain_iterations)
 
 
 def _step(
