@@ -1,8 +1,8 @@
 """Other people's numbers and routines for the same formulas.
 
 The recorded numbers are those of rlax 0.1.9 (Apache-2.0): `multistep_test.py` for truncated GAE, to its tolerance of
-1e-3, and `policy_gradients_test.py` for the clipped surrogate, to 1e-4. scipy computes discounted sums as a filter and
-log-softmax by itself.
+1e-3, and `policy_gradients_test.py` for the clipped surrogate, to 1e-4. `selective_log_softmax` of TRL 1.16.0 (Apache-2.0)
+was run on the logits below. scipy computes discounted sums as a filter and log-softmax by itself.
 """
 
 from __future__ import annotations
@@ -88,3 +88,16 @@ def test_logprobs_and_exact_kl_are_scipys() -> None:
     np.testing.assert_allclose(found.numpy(), log_p[range(9), targets], atol=1e-5)
     kl = token_kl(Unembedded(tensors[0], tensors[2]), Unembedded(tensors[1], tensors[2]))
     np.testing.assert_allclose(kl.numpy(), rel_entr(np.exp(log_p), np.exp(log_q)).sum(-1), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("temperature", "expected"),
+    [
+        (1.0, [-4.430161, -2.2602406, -3.6512313, -0.4348555, -7.3842301]),
+        (0.7, [-5.8557658, -2.7382753, -4.8706784, -0.3021894, -10.0726185]),
+    ],
+)
+def test_the_gather_of_log_probs_is_that_of_trl(temperature: float, expected: list[float]) -> None:
+    states, weight = (torch.sin(torch.arange(40.0)) * 4).view(5, 8), torch.eye(8)  # the states are the logits
+    found = token_logprobs(states, weight, None, torch.tensor([0, 7, 3, 3, 5]), temperature=temperature)
+    np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)

@@ -53,7 +53,9 @@ class OptimConfig(Schema):
         default=0.1, ge=0, le=1, description="Share of the peak at which the schedule ends, flat from there."
     )
     weight_decay: float = Field(
-        default=0.0, ge=0, description="Decoupled decay; never on biases, norms and embeddings."
+        default=0.0,
+        ge=0,
+        description="Decoupled decay of matrices, a scalar head among them; never on biases, norms and embeddings.",
     )
     betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW's moment decay rates.")
     eps: float = Field(default=1e-8, gt=0, description="AdamW's denominator offset.")

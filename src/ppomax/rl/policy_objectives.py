@@ -27,7 +27,7 @@ def policy_gradient_loss(
         -sum log pi(a_t | s_t) * Phi_t / denom
 
     `advantages` is Phi_t: the whole return, rewards-to-go, rewards-to-go minus a baseline, or an advantage.
-    Source: "Secrets of RLHF I", eq. 4-7.
+    Source: "Secrets of RLHF I", eq. 4-6 and 12.
     """
     expect_mask(mask, axes=2)
     expect_shape(mask.shape, logprobs=logprobs, advantages=advantages)
