@@ -18,7 +18,18 @@ from ppomax.stages.ppo import ppo
 from ppomax.stages.update import update
 from ppomax.types import SetupError
 from stages.conftest import Toys, Trained
-from stages.toy import CALM, FLOAT32, LONGER, first_iteration, metrics, ppo_config, prepared, same_bits, weights
+from stages.toy import (
+    CALM,
+    FLOAT32,
+    LONGER,
+    first_iteration,
+    metrics,
+    ppo_config,
+    prepared,
+    recipe_settings,
+    same_bits,
+    weights,
+)
 
 NO_CRITIC = CriticConfig(init=None, pretrain_iterations=0)
 ONE_MINIBATCH: dict[str, Any] = {"rollout_batch": 16, "minibatch": 16}
@@ -30,15 +41,8 @@ def column(config: PPOConfig, name: str) -> list[float]:
 
 @pytest.mark.parametrize("name", [name for name in PPO_RECIPES if not name.startswith("paper")])
 def test_every_recipe_trains_and_improves(name: str, trained: Trained, toys: Toys, tmp_path: Path) -> None:
-    recipe = PPO_RECIPES[name]()
-    fast = OptimConfig(lr=1e-2)
-    critic = recipe.critic.model_copy(update={"optim": fast, "init": "policy" if recipe.critic.init else None})
-    settings: dict[str, Any] = {
-        "objective": recipe.objective, "advantage": recipe.advantage, "baseline": recipe.baseline, "score": recipe.score,
-        "samples_per_prompt": recipe.samples_per_prompt, "gae_lambda": recipe.gae_lambda, "ema": recipe.ema,
-        "whiten_advantages": recipe.whiten_advantages, "critic": critic, "optim": fast,
-        "kl": recipe.kl.model_copy(update={"coefficient": 0.01 if recipe.kl.coefficient else None}),
-    }  # fmt: skip
+    recipe, settings = PPO_RECIPES[name](), recipe_settings(name, OptimConfig(lr=1e-2))
+    settings["kl"] = recipe.kl.model_copy(update={"coefficient": 0.01 if recipe.kl.coefficient else None})
     if recipe.ptx_weight is not None:
         settings |= {"ptx_data": (toys.dialogues,), "ptx_weight": 0.1}
     if name == "trpo":

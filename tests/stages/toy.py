@@ -29,6 +29,7 @@ from ppomax.config import (
     SaveConfig,
     SFTConfig,
 )
+from ppomax.config.recipes import PPO_RECIPES
 from ppomax.models.embedded import embedded_directory
 from ppomax.rewards.callables import RewardFunction
 from ppomax.rollout.collect import collect, iteration_prompts, response_texts
@@ -209,6 +210,28 @@ def ppo_config(run_dir: Path, policy: str, prompts: str, **changes: Any) -> PPOC
         "optim": OptimConfig(lr=5e-3), "compute": FLOAT32, "kl": KLConfig(), "save": SaveConfig(every=100),
     }  # fmt: skip
     return PPOConfig(run_dir=run_dir, **{**settings, **changes})
+
+
+def recipe_settings(name: str, optim: OptimConfig) -> dict[str, Any]:
+    """What a PPO recipe says about the algorithm, with learning rates that a tiny model needs."""
+    recipe = PPO_RECIPES[name]()
+    critic = {"optim": optim, "init": "policy" if recipe.critic.init else None}
+    names = (
+        "objective",
+        "advantage",
+        "baseline",
+        "score",
+        "kl",
+        "samples_per_prompt",
+        "gae_lambda",
+        "ema",
+        "whiten_advantages",
+    )
+    return {
+        **{field: getattr(recipe, field) for field in names},
+        "critic": recipe.critic.model_copy(update=critic),
+        "optim": optim,
+    }
 
 
 def prepared(config: PPOConfig, reward: RewardFunction | None = None) -> Job:
