@@ -11,6 +11,7 @@ from ppomax.monitor.text import (
     degenerate_share,
     distinct_n,
     is_degenerate,
+    looped_share,
     on_topic_share,
     text_health,
     tokens,
@@ -81,6 +82,21 @@ def test_top_shares_find_the_stock_phrase_and_count_all_texts() -> None:
 def test_is_degenerate_on_both_sides_of_each_rule(bad: str, good: str) -> None:
     assert is_degenerate(bad)
     assert not is_degenerate(good)
+
+
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [
+        ("", 0.0),
+        ("a b", 0.0),
+        ("one two three four five six", 0.0),
+        ("one two three, one two three", 1.0),
+        ("x one two three y one two three", 0.75),
+        ("no no no no", 1.0),  # the phrase overlaps itself
+    ],
+)
+def test_looped_share_by_hand(text: str, share: float) -> None:
+    assert looped_share(text) == share
 
 
 def test_degenerate_share_and_health_of_a_batch() -> None:

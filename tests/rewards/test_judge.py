@@ -40,6 +40,15 @@ def test_gold_takes_half_a_point_from_an_answer_off_the_topic() -> None:
     assert on == plain and off == pytest.approx(plain - 0.5)
 
 
+def test_gold_takes_off_the_share_of_words_that_repeat_a_phrase() -> None:
+    question, looped = ask("What about the garden?"), "The garden is a lovely place, and rain is a lovely thing."
+    plain = sentiment([question], [looped])[0]  # not degenerate: "is a lovely" twice is half of its 12 words
+    assert gold([question], ["The garden is a lovely place, and rain can be pretty."]) == sentiment(
+        [question], ["The garden is a lovely place, and rain can be pretty."]
+    )
+    assert gold([question], [looped]) == [pytest.approx(plain - 0.5)]
+
+
 def test_gold_is_never_below_the_worst() -> None:
     assert sentiment([ask("Trains?")], ["I hate this terrible, horrible, awful murder."])[0] < -0.8
     assert gold([ask("Trains?")], ["I hate this terrible, horrible, awful murder."]) == [-1.0]

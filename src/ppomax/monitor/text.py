@@ -118,7 +118,16 @@ def is_degenerate(text: str) -> bool:
         return True
     if len(words) >= 6 and Counter(words).most_common(1)[0][1] > 0.4 * len(words):
         return True
-    return len(words) >= 8 and _looped_share(words) > 0.5
+    return len(words) >= 8 and looped_share(text) > 0.5
+
+
+def looped_share(text: str) -> float:
+    """The share of a text's words that lie in a 3-gram which occurs more than once; 0 for no words."""
+    words = tokens(text)
+    grams = _ngrams(words, 3)
+    counts = Counter(grams)
+    covered = {i + offset for i, gram in enumerate(grams) if counts[gram] > 1 for offset in range(3)}
+    return len(covered) / max(len(words), 1)
 
 
 def degenerate_share(texts: Sequence[str]) -> float:
@@ -142,14 +151,6 @@ def text_health(prompts: Sequence[str], responses: Sequence[str]) -> dict[str, f
 
 def _ngrams(words: Sequence[str], n: int) -> list[tuple[str, ...]]:
     return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
-
-
-def _looped_share(words: Sequence[str]) -> float:
-    """The share of word positions that some repeated 3-gram covers."""
-    grams = _ngrams(words, 3)
-    counts = Counter(grams)
-    covered = {i + offset for i, gram in enumerate(grams) if counts[gram] > 1 for offset in range(3)}
-    return len(covered) / len(words)
 
 
 def _top_share(phrases: Sequence[list[str]]) -> tuple[str, float]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from ppomax.monitor.text import is_degenerate, on_topic_share
+from ppomax.monitor.text import is_degenerate, looped_share, on_topic_share
 from ppomax.types import Message, SetupError
 
 OFF_TOPIC = 0.5
@@ -22,12 +22,12 @@ def sentiment(prompts: Sequence[Sequence[Message]], responses: Sequence[str], **
 
 
 def gold(prompts: Sequence[Sequence[Message]], responses: Sequence[str], **_: Any) -> list[float]:
-    """`sentiment`, less 0.5 where the response holds no content word of the last user turn."""
-    scores = sentiment(prompts, responses)
-    return [
-        max(score - OFF_TOPIC, -1.0) if on_topic_share([prompt[-1]["content"]], [response]).share == 0.0 else score
-        for score, prompt, response in zip(scores, prompts, responses, strict=True)
-    ]
+    """`sentiment`, less 0.5 if the response holds no content word of the last user turn, and less its looped share."""
+    scores = []
+    for score, prompt, response in zip(sentiment(prompts, responses), prompts, responses, strict=True):
+        off_topic = on_topic_share([prompt[-1]["content"]], [response]).share == 0.0
+        scores.append(max(score - OFF_TOPIC * off_topic - looped_share(response), -1.0))
+    return scores
 
 
 def vowel_share(prompts: Sequence[Sequence[Message]], responses: Sequence[str], **_: Any) -> list[float]:
