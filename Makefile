@@ -46,11 +46,14 @@ $(INSTALLED): pyproject.toml constraints.txt
 quickstart: $(INSTALLED) ## SFT, reward model, PPO-max, evaluation of a real model, offline, in minutes; ends with the report's path
 	@$(BIN)/ppomax quickstart $(ARGS)
 
+# Several single-threaded processes: the tests' models are too small for a second thread to help.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+
 test: $(INSTALLED) ## all tests
-	@OMP_NUM_THREADS=2 $(BIN)/python -m pytest $(ARGS)
+	@$(PYTEST) $(ARGS)
 
 test-fast: $(INSTALLED) ## all tests but the slow ones
-	@OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m "not slow" $(ARGS)
+	@$(PYTEST) -m "not slow" $(ARGS)
 
 # The tests of random state import torch and transformers, seconds that belong to `make test`.
 check: $(INSTALLED) ## lint, format, types, layers of imports: under 30 seconds
