@@ -192,8 +192,8 @@ MUTATIONS = [
     ),
     Mutation(
         11, "responses that ended are bootstrapped too", "stages/scoring.py",
-        "torch.where(rollout.truncated_B, after_B, 0.0) if bootstrap",
-        "after_B if bootstrap",
+        "torch.where(rollout.truncated_B & wanted, self.after_B, 0.0)",
+        "self.after_B * wanted",
         (f"{IDENTITY}::test_trap_11_only_truncated_rows_have_the_value_of_the_cut_state",),
     ),
     Mutation(
