@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ppomax.monitor.preferences import JudgedPair, summary_of
 from ppomax.monitor.report import write_report
 from ppomax.monitor.statistics import histogram
 
@@ -105,7 +106,22 @@ def write_quickstart(run: Path) -> Path:
         ),
     )  # fmt: skip
     margins = random.normal(1.4, 1.3, size=400).tolist()
-    write_json(run / "reward/summary.json", {"heldout_accuracy": 0.86, "margin_histogram": histogram(margins, bins=30)})
+    longer = random.integers(-20, 21, size=400).tolist()
+    judged = [
+        JudgedPair(m, 0.0, 30 + n, 30, "default", i) for i, (m, n) in enumerate(zip(margins, longer, strict=True))
+    ]
+    write_json(run / "reward/summary.json", summary_of(judged) | {"heldout_accuracy": 0.86})
+    write_jsonl(
+        run / "reward/samples.jsonl",
+        (
+            {
+                "step": 100, "kind": kind, "source": "default", "prompt": "How was the concert?", "chosen": "Very good.",
+                "rejected": f"Fine, {HOSTILE}", "reward_chosen": 1.25, "reward_rejected": -0.5,
+                "along_chosen": [0.1, 0.6, 1.25], "along_rejected": [0.1, -0.5],
+            }
+            for kind in ("wrong", "wrong", "right", "close")
+        ),
+    )  # fmt: skip
     write_jsonl(run / "ppo/metrics.jsonl", ppo_rows())
     write_jsonl(
         run / "ppo/samples.jsonl",

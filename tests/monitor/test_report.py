@@ -71,7 +71,8 @@ def test_the_quickstart_report_has_every_chapter_and_picture_and_loads_nothing(q
     expected = [
         "The verdict", "Time by stage", "What was done",
         "Supervised fine-tuning", "Loss",
-        "The reward model", "Accuracy", "Margins", "Loss",
+        "The reward model", "Accuracy", "Margins", "Loss", "Calibration", "Accuracy by length", "Score along the answer",
+        "Held-out pairs, most wrong", "Held-out pairs, surest of what is right", "Held-out pairs, closest calls",
         "Reinforcement learning with PPO", "Alarms", "Score of the reward model", "Distribution of the scores",
         "Gold score against KL", "Distance from the reference (KL)", "Response length", "Perplexity of the responses",
         "Entropy", "Health of the text", "Critic", "Size of the updates", "Losses and gradients", "Where the time goes",
@@ -80,9 +81,16 @@ def test_the_quickstart_report_has_every_chapter_and_picture_and_loads_nothing(q
         "Glossary",
     ]  # fmt: skip
     assert page.headings == expected
-    assert page.tags.count("svg") == 18
+    assert page.tags.count("svg") == 21
     assert all(link.startswith(("#", "data:image/png")) for link in page.links)
     assert not {"script", "iframe", "link", "img"} & set(page.tags)
+
+
+def test_the_reward_models_verdict_and_its_pairs(quickstart_page: str) -> None:
+    assert re.search(
+        r"<strong>Fit for PPO\? Yes\.</strong> Accuracy 8\d%, \+3\d% over counting tokens", quickstart_page
+    )
+    assert quickstart_page.count("score 1.25") == 4 and quickstart_page.count("score -0.50") == 4
 
 
 def test_text_of_models_is_escaped(quickstart_page: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from stages.toy import (
     distance,
     file_hashes,
     metrics,
+    other_vocabulary,
     pair_rows,
     ranked_rows,
     reward_config,
@@ -67,10 +69,54 @@ def test_the_summary_counts_what_was_held_out(trained: Trained, toys: Toys) -> N
     learn, heldout = split_by_key(read_pairs(toys.pairs)[0], 0.2, 0)
     assert (result["pairs"], result["heldout_pairs"]) == (len(learn), len(heldout))
     assert set(result["accuracy_by_source"]) == {pair.source for pair in heldout}
-    by_source = [result["accuracy_by_source"][pair.source] for pair in heldout]
+    by_source = [result["accuracy_by_source"][pair.source]["accuracy"] for pair in heldout]
     assert sum(by_source) / len(heldout) == pytest.approx(result["accuracy"])
     assert 0.3 < result["length_only_accuracy"] < 0.7 < result["accuracy"]
-    assert sum(result["margin_histogram"]["counts"]) == len(heldout)
+    assert sum(result["margin_histogram"]["counts"]) == sum(g["pairs"] for g in result["calibration"]) == len(heldout)
+    assert result["fit_for_ppo"]["answer"] in ("yes", "with care")
+
+
+def test_the_notable_pairs_are_written_with_the_score_at_every_token(trained: Trained, toys: Toys) -> None:
+    rows = [
+        json.loads(line) for line in (trained.reward_run / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+    assert {row["kind"] for row in rows} >= {"right", "close"}
+    texts = {(row["chosen"], row["rejected"]) for row in pair_rows()}
+    model = AutoModelForSequenceClassification.from_pretrained(trained.reward)
+    tokenizer = load_tokenizer(trained.reward)
+    for row in rows:
+        assert (row["chosen"], row["rejected"]) in texts
+        prompt = render_prompt(tokenizer, row["prompt"])
+        for side in ("chosen", "rejected"):
+            answer = render_response(tokenizer, row[side])
+            along = row[f"along_{side}"]
+            assert len(along) == len(answer)
+            assert along[-1] == pytest.approx(row[f"reward_{side}"], abs=1e-4)
+            cut = torch.tensor([[*prompt, *answer[:3]]])
+            with torch.no_grad():
+                values = model.model(cut).last_hidden_state @ model.score.weight[0]
+            assert along[2] == pytest.approx(float(values[0, -1]), abs=1e-3)
+    right = [row["reward_chosen"] - row["reward_rejected"] for row in rows if row["kind"] == "right"]
+    assert right == sorted(right, reverse=True) and min(right) > 0
+
+
+def test_two_reward_models_are_compared_on_the_same_pairs(trained: Trained, toys: Toys, tmp_path: Path) -> None:
+    short = reward_config(tmp_path / "run", trained.sft, toys.pairs, max_steps=2, compare=trained.reward)
+    found = reward(short)
+    assert found["compared_with"]["model"] == trained.reward
+    assert (
+        found["compared_with"]["accuracy"]
+        == reward(reward_config(trained.reward_run, trained.sft, toys.pairs))["accuracy"]
+    )
+    assert 0.0 < found["compared_with"]["agreement"] < 1.0
+    itself = short.model_copy(update={"run_dir": tmp_path / "again", "compare": str(tmp_path / "run" / "final")})
+    assert reward(itself)["compared_with"]["agreement"] == 1.0
+
+
+def test_a_reward_model_of_another_vocabulary_is_not_compared(trained: Trained, toys: Toys, tmp_path: Path) -> None:
+    other = other_vocabulary(tmp_path / "other")
+    with pytest.raises(SetupError, match="compare: .* has another vocabulary than"):
+        reward(reward_config(tmp_path / "run", trained.sft, toys.pairs, compare=other))
 
 
 def test_the_loss_of_a_step_is_eq_2_of_the_untrained_model(trained: Trained, tmp_path: Path) -> None:

@@ -123,6 +123,10 @@ class RewardConfig(Schema):
         gt=0,
         description="Margin of the ranking loss per point of score_chosen - score_rejected in the data; None: off.",
     )
+    compare: str | None = Field(
+        default=None,
+        description="Another reward model with the same tokenizer: how often the two agree on the held-out pairs.",
+    )
     eval_every: int = Field(default=20, ge=1, description="Held-out accuracy every N steps.")
     seed: int = Field(default=0, ge=0, description="Keys the head's start and the data order.")
     compute: ModelConfig = ModelConfig()

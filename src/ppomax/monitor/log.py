@@ -94,6 +94,15 @@ def append_samples(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         file.write(text)
 
 
+def without_nan(value: Any) -> Any:
+    """A summary with None for NaN and infinity, which are statistics of nothing: JSON has neither."""
+    if isinstance(value, Mapping):
+        return {key: without_nan(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def drop_rows_after(path: Path, last: int) -> None:
     """Removes the rows of a JSONL log whose `iteration` (else `step`) is greater than `last`, if the file exists."""
     if not path.exists():

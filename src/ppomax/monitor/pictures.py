@@ -10,6 +10,7 @@ from typing import Any
 from ppomax.monitor.plots import (
     Line,
     Panel,
+    calibration_chart,
     heat_map,
     histogram_bars,
     line_chart,
@@ -18,6 +19,7 @@ from ppomax.monitor.plots import (
 )
 from ppomax.monitor.run_files import RunFiles, series
 
+_LONGER = "tokens by which the preferred answer is longer"
 Rows = Sequence[Mapping[str, Any]]
 
 
@@ -95,6 +97,63 @@ def _reward_pictures(run: RunFiles) -> list[Picture]:
             "The ranking loss starts near 0.69 (= ln 2, guessing) and falls as the scores learn to separate the pairs.",
             "A ranking loss that stays at 0.69, or a held-out loss that climbs.",
         ),
+        *_heldout_pictures(run),
+    ]
+
+
+def _heldout_pictures(run: RunFiles) -> list[Picture]:
+    by_length = run.summary.get("by_length") or []
+    longer = [group["longer"] for group in by_length]
+    right = Line("", [group["accuracy"] for group in by_length])
+    chart = line_chart(longer, [Panel("pairs ranked rightly", [right], percent=True)], xlabel=_LONGER) if longer else ""
+    return [
+        Picture(
+            "Calibration",
+            calibration_chart(
+                run.summary.get("calibration") or [], xlabel="how sure: sigmoid of the margin", ylabel="how often right"
+            ),
+            "Held-out pairs in groups by how sure the reward model is of its choice. On the dashed line it is as often "
+            "right as it thinks.",
+            "Points far below the line: it is sure of mistakes, and PPO will look for them. Far above: its margins are "
+            "smaller than they could be, which does less harm.",
+        ),
+        Picture(
+            "Accuracy by length",
+            chart,
+            "Held-out pairs in five groups by how much longer the preferred answer is. A model that judges the text "
+            "does as well on the left, where the shorter answer is better, as on the right.",
+            "A line that climbs steadily from below 50% on the left: it counts tokens; PPO will make answers longer.",
+        ),
+        *_along_pictures(run),
+    ]
+
+
+def _along_pictures(run: RunFiles) -> list[Picture]:
+    """The score token by token, for the surest right and the most wrong pair."""
+    first: dict[str, Mapping[str, Any]] = {}
+    for row in run.samples:
+        if row.get("along_chosen") and row.get("along_rejected"):
+            first.setdefault(str(row.get("kind")), row)
+    names = {"right": "surest right pair", "wrong": "most wrong pair"}
+    shown = [(name, first[kind]) for kind, name in names.items() if kind in first]
+    if not shown:
+        return []
+    longest = max(len(row[side]) for _, row in shown for side in ("along_chosen", "along_rejected"))
+
+    def line(label: str, values: Sequence[float]) -> Line:
+        return Line(label, [*values, *[math.nan] * (longest - len(values))])
+
+    panels = [
+        Panel(name, [line("preferred", row["along_chosen"]), line("other", row["along_rejected"])])
+        for name, row in shown
+    ]
+    return [
+        Picture(
+            "Score along the answer",
+            line_chart([float(i + 1) for i in range(longest)], panels, xlabel="token of the answer"),
+            "What the score would be if the answer ended at each token. The last point of a line counts.",
+            "Jumps at single words, whatever is around them, or a line that only climbs with length.",
+        )
     ]
 
 

@@ -160,6 +160,22 @@ def histogram_bars(histogram: Mapping[str, Any], *, xlabel: str, ylabel: str) ->
         return _svg(figure)
 
 
+def calibration_chart(groups: Sequence[Mapping[str, Any]], *, xlabel: str, ylabel: str) -> str:
+    """Groups by `confidence` (x) and `accuracy` (y), with the diagonal on which both agree."""
+    if not groups:
+        return ""
+    points = np.array([[group["confidence"], group["accuracy"]] for group in groups], dtype=float).T
+    with matplotlib.rc_context(_STYLE):
+        figure, (ax,) = _figure(1, height=2.6)
+        ax.plot((0.5, 1), (0.5, 1), color=GREY, linewidth=1, linestyle="--", label="as sure as it is right")
+        ax.plot(*points, color=BLUE, marker="o", markersize=4, label="groups of equally many pairs")
+        ax.set(xlabel=xlabel, ylabel=ylabel, xlim=(0.49, 1.01))
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:.3g}%"))
+        _legend(ax)
+        return _svg(figure)
+
+
 def stacked_areas(x: Sequence[float], parts: Mapping[str, Sequence[float]], *, xlabel: str, ylabel: str) -> str:
     """Parts of a sum over time, on top of each other; missing values count as 0."""
     if not parts:

@@ -14,7 +14,14 @@ from markupsafe import Markup
 from ppomax.monitor.pictures import Picture, pictures_of
 from ppomax.monitor.plots import AMBER, BLUE, GREEN, GREY, PURPLE, RED, share_bars
 from ppomax.monitor.run_files import RunFiles, config_value, last_finite, number, read_run_tree, series
-from ppomax.monitor.samples import SamplePair, TrainingSample, chosen_pairs, training_samples
+from ppomax.monitor.samples import (
+    RankedPair,
+    SamplePair,
+    TrainingSample,
+    chosen_pairs,
+    ranked_pairs,
+    training_samples,
+)
 from ppomax.monitor.verdict import Change, Comparison, changes, comparisons, headline, sentences, stage_seconds
 
 _TITLES = {
@@ -55,7 +62,9 @@ class Chapter:
     facts: tuple[str, ...]
     pictures: tuple[Picture, ...]
     alarms: tuple[AlarmGroup, ...]
+    fitness: tuple[str, tuple[str, ...]] | None
     training_samples: tuple[TrainingSample, ...]
+    ranked_pairs: tuple[RankedPair, ...]
     metrics: tuple[MetricRange, ...]
     config: str
 
@@ -111,10 +120,20 @@ def _chapter(run: RunFiles) -> Chapter:
         facts=tuple(_facts(run)),
         pictures=tuple(pictures_of(run)),
         alarms=tuple(_alarm_groups(run.metrics)),
+        fitness=_fitness(run),
+        ranked_pairs=tuple(ranked_pairs(run.samples) if run.stage == "reward" else ()),
         training_samples=tuple(training_samples(run.samples) if run.stage == "ppo" else ()),
         metrics=tuple(_metric_ranges(run.metrics)),
         config=run.config.strip(),
     )
+
+
+def _fitness(run: RunFiles) -> tuple[str, tuple[str, ...]] | None:
+    """The reward stage's verdict: yes, with care or no, and its reasons."""
+    found = run.summary.get("fit_for_ppo")
+    if run.stage != "reward" or not isinstance(found, Mapping):
+        return None
+    return str(found.get("answer", "")), tuple(str(reason) for reason in found.get("reasons") or ())
 
 
 def _facts(run: RunFiles) -> list[str]:

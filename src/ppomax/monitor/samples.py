@@ -33,6 +33,32 @@ class TrainingSample:
     notes: str
 
 
+@dataclass(frozen=True)
+class RankedPair:
+    """A held-out pair of the reward model with its scores; `heading` says why it is shown."""
+
+    heading: str
+    prompt: str
+    chosen: str
+    rejected: str
+    notes_chosen: str
+    notes_rejected: str
+
+
+_HEADINGS = {"wrong": "most wrong", "right": "surest of what is right", "close": "closest calls"}
+
+
+def ranked_pairs(rows: Sequence[Mapping[str, Any]], *, each: int = 3) -> list[RankedPair]:
+    """The first `each` pairs of every kind that the reward stage has written."""
+    pairs = []
+    for kind, heading in _HEADINGS.items():
+        for row in [row for row in rows if row.get("kind") == kind and "chosen" in row and "rejected" in row][:each]:
+            texts = (readable_prompt(row.get("prompt", "")), _shortened(row["chosen"]), _shortened(row["rejected"]))
+            notes = (_notes(row, ((f"reward_{side}", "score"),)) for side in ("chosen", "rejected"))
+            pairs.append(RankedPair(heading, *texts, *notes))
+    return pairs
+
+
 def chosen_pairs(
     rows: Sequence[Mapping[str, Any]], *, spread: int = 12, worst: int = 3
 ) -> tuple[list[SamplePair], list[SamplePair]]:

@@ -16,7 +16,7 @@ from ppomax.engine.durable import write_json_atomic, write_text_atomic
 from ppomax.engine.rundir import Run
 from ppomax.models.load import load_causal_lm, load_tokenizer, same_vocabulary
 from ppomax.models.players import Policy, at_responses
-from ppomax.monitor.log import append_samples
+from ppomax.monitor.log import append_samples, without_nan
 from ppomax.monitor.progress import progress
 from ppomax.monitor.report import write_report
 from ppomax.monitor.statistics import correlation, win_rate
@@ -188,7 +188,7 @@ def _report(
         summary |= {"reward_before": _mean(rewards[0]), "reward_after": _mean(rewards[1])}
     if rewards[0] is not None and systems.judges:
         summary |= _against_pool(systems, pool, next(iter(judged[0].values())), groups, config)
-    summary = _finite(summary)
+    summary = without_nan(summary)
     first = next(iter(systems.judges), None)
     rows = _sample_rows(before, after, (judged[0].get(first or ""), judged[1].get(first or "")), rewards)
     run.samples.unlink(missing_ok=True)
@@ -311,12 +311,3 @@ def _write_table(run: Run, rows: Sequence[Mapping[str, Any]]) -> None:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
-
-
-def _finite(value: Any) -> Any:
-    """NaN (a statistic of nothing) as None: JSON has no NaN."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value

@@ -13,7 +13,7 @@ from ppomax.data.chat import fit_prompt, render_dialogue, render_prompt, render_
 from ppomax.data.readers import read_prompts
 from ppomax.engine.checkpoint import file_hash
 from ppomax.models.load import Compute, model_directory, resolve_compute
-from ppomax.types import DataError, Dialogue, Pair, Prompt, SetupError
+from ppomax.types import DataError, Dialogue, Message, Pair, Prompt, SetupError
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ class RankedTokens:
     pairs: tuple[tuple[int, int], ...]
     source: str
     gaps: tuple[float | None, ...] = ()
+    messages: tuple[Message, ...] = ()
 
     def __len__(self) -> int:
         return sum(len(self.prompt) + len(response) for response in self.responses)
@@ -80,6 +81,7 @@ def ranked_tokens(tokenizer: Any, pairs: Sequence[Pair], max_length: int) -> tup
     grouped: dict[
         tuple[str, tuple[int, ...]], tuple[dict[tuple[int, ...], int], dict[tuple[int, int], float | None]]
     ] = {}
+    messages: dict[tuple[int, ...], tuple[Message, ...]] = {}
     left_out = shortened = repeated = 0
     for pair in pairs:
         sides = [tuple(render_response(tokenizer, text)) for text in (pair.chosen, pair.rejected)]
@@ -90,11 +92,15 @@ def ranked_tokens(tokenizer: Any, pairs: Sequence[Pair], max_length: int) -> tup
             continue
         shortened += len(fitted) < len(pair.prompt)
         prompt = tuple(render_prompt(tokenizer, fitted))
+        messages[prompt] = tuple(fitted)
         responses, order = grouped.setdefault((pair.source, prompt), ({}, {}))
         better, worse = (responses.setdefault(side, len(responses)) for side in sides)
         repeated += (better, worse) in order
         order[better, worse] = pair.gap
-    rows = [RankedTokens(p, tuple(r), tuple(o), source, tuple(o.values())) for (source, p), (r, o) in grouped.items()]
+    rows = [
+        RankedTokens(prompt, tuple(responses), tuple(order), source, tuple(order.values()), messages[prompt])
+        for (source, prompt), (responses, order) in grouped.items()
+    ]
     if not rows:
         raise DataError(f"none of {len(pairs)} pairs fits into {max_length} tokens; raise max_length")
     report = f"{left_out} longer than {max_length} tokens left out, {shortened} lost old turns"

@@ -14,15 +14,24 @@ from ppomax.config import RewardConfig
 from ppomax.data.batches import balanced_batches, prompt_batches, token_budget_batches
 from ppomax.data.readers import read_pairs
 from ppomax.data.split import split_by_key
+from ppomax.engine.durable import disk_errors
 from ppomax.engine.optimiser import Optimiser, learning_rate
-from ppomax.models.load import Compute, export_scalar, load_causal_lm, load_scalar_lm, load_tokenizer
+from ppomax.models.load import (
+    Compute,
+    export_scalar,
+    load_causal_lm,
+    load_scalar_lm,
+    load_tokenizer,
+    same_vocabulary,
+)
 from ppomax.models.players import Scalar, at_end, response_mask
 from ppomax.models.trunk import trunk_states, with_states
+from ppomax.monitor.log import append_samples, without_nan
 from ppomax.monitor.progress import progress
-from ppomax.monitor.statistics import histogram
 from ppomax.rl.objectives import nll_loss
 from ppomax.rl.preference import ranking_accuracy, ranking_loss
 from ppomax.stages.inputs import RankedTokens, compute_of, context_limit, ranked_tokens, required
+from ppomax.stages.reward_report import heldout_summary, sample_rows
 from ppomax.stages.session import Session, session
 from ppomax.stages.sft import adamw, rate, schedule
 from ppomax.types import DataError, Pair, SetupError, token_batch
@@ -44,6 +53,8 @@ def _train(run: Session, config: RewardConfig) -> dict[str, Any]:
         )
     learn, held, report = _pairs(config)
     tokenizer = load_tokenizer(config.model, config.compute.chat_template)
+    if config.compare is not None and not same_vocabulary(load_tokenizer(config.compare), tokenizer):
+        raise SetupError(f"compare: {config.compare} has another vocabulary than {config.model}; expected the same")
     rows, cut = ranked_tokens(tokenizer, learn, config.max_length)
     heldout = ranked_tokens(tokenizer, held, config.max_length)[0] if held else []
     if config.margin is not None and any(gap is None for row in rows for gap in row.gaps):
@@ -91,7 +102,8 @@ def _train(run: Session, config: RewardConfig) -> dict[str, Any]:
             )  # fmt: skip
             row = {"step": step, "epoch": epoch, **row, "seconds": time.perf_counter() - began}
             if heldout and (step % config.eval_every == 0 or step == steps - 1):
-                margins = _flat(score_margins(model, heldout, held_states, config.compute.tokens_per_microbatch))
+                scores = score_heldout(model, heldout, held_states, config.compute.tokens_per_microbatch)
+                margins = [chosen - rejected for row_scores in scores for chosen, rejected in row_scores]
                 row["heldout_accuracy"] = accuracy(margins)
                 row["heldout_loss"] = float(-nn.functional.logsigmoid(torch.tensor(margins)).mean())
             run.append(row)
@@ -99,8 +111,12 @@ def _train(run: Session, config: RewardConfig) -> dict[str, Any]:
             run.checkpoint(step, step == steps - 1, lambda: (optimiser.state_tensors(), {}))
     summary = {"prompts": len(rows), "pairs": sum(len(row.pairs) for row in rows), "steps": steps}
     if heldout:
-        margins = score_margins(model, heldout, held_states, config.compute.tokens_per_microbatch)
-        summary |= _heldout_summary(heldout, margins)
+        scores = score_heldout(model, heldout, held_states, config.compute.tokens_per_microbatch)
+        other = None if config.compare is None else (config.compare, _scores_of_other(config, compute, heldout))
+        summary |= without_nan(heldout_summary(heldout, scores, other))
+        run.run.samples.unlink(missing_ok=True)
+        with disk_errors(run.run.samples):
+            append_samples(run.run.samples, sample_rows(model, heldout, scores, tokenizer, step=steps - 1))
     return run.finish(lambda folder: export_scalar(model.model, tokenizer, folder), summary)
 
 
@@ -211,19 +227,19 @@ def score_pairs(
 
 
 @torch.no_grad()
-def score_margins(
+def score_heldout(
     model: Scalar, rows: Sequence[RankedTokens], states: Sequence[list[Tensor]] | None, budget: int
-) -> list[list[float]]:
-    """score(chosen) − score(rejected) of every pair, per prompt in the given order."""
-    margins: list[list[float]] = [[] for _ in rows]
+) -> list[list[tuple[float, float]]]:
+    """(score of chosen, of rejected) of every pair, per prompt in the given order."""
+    scores: list[list[tuple[float, float]]] = [[] for _ in rows]
     for members in _groups(model, rows, budget):
         chosen_B, rejected_B, _ = score_pairs(
             model, [rows[i] for i in members], _picked(states, members), with_lm=False
         )
-        flat = iter((chosen_B - rejected_B).tolist())
+        flat = zip(chosen_B.tolist(), rejected_B.tolist(), strict=True)
         for i in members:
-            margins[i] = [next(flat) for _ in rows[i].pairs]
-    return margins
+            scores[i] = [next(flat) for _ in rows[i].pairs]
+    return scores
 
 
 def accuracy(margins: Sequence[float]) -> float:
@@ -253,20 +269,9 @@ def _picked(states: Sequence[list[Tensor]] | None, members: Sequence[int]) -> li
     return None if states is None else [states[i] for i in members]
 
 
-def _flat(margins: Sequence[Sequence[float]]) -> list[float]:
-    return [margin for group in margins for margin in group]
-
-
-def _heldout_summary(rows: Sequence[RankedTokens], margins: Sequence[list[float]]) -> dict[str, Any]:
-    longer = [len(row.responses[better]) - len(row.responses[worse]) for row in rows for better, worse in row.pairs]
-    by_source = {
-        source: accuracy(_flat([m for m, row in zip(margins, rows, strict=True) if row.source == source]))
-        for source in sorted({row.source for row in rows})
-    }
-    return {
-        "heldout_pairs": len(longer),
-        "accuracy": accuracy(_flat(margins)),
-        "accuracy_by_source": by_source,
-        "length_only_accuracy": accuracy(longer),
-        "margin_histogram": histogram(_flat(margins)),
-    }
+def _scores_of_other(
+    config: RewardConfig, compute: Compute, rows: Sequence[RankedTokens]
+) -> list[list[tuple[float, float]]]:
+    """The scores by the reward model that this one is compared with."""
+    other = Scalar(load_scalar_lm(config.compare or "", compute), train_layers=None, trained=False)
+    return score_heldout(other, rows, None, config.compute.tokens_per_microbatch)

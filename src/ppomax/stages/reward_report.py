@@ -1,0 +1,71 @@
+"""What is written down about a trained reward model: its held-out pairs in numbers, and the notable ones in full."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ppomax.models.players import Scalar, at_responses
+from ppomax.monitor.preferences import JudgedPair, agreement, notable, summary_of
+from ppomax.stages.inputs import RankedTokens
+from ppomax.types import token_batch
+
+EACH = 6
+
+Scores = Sequence[Sequence[tuple[float, float]]]
+
+
+def heldout_summary(rows: Sequence[RankedTokens], scores: Scores, other: tuple[str, Scores] | None) -> dict[str, Any]:
+    """What summary.json says of the held-out pairs. `other`: a second reward model's name and scores, for agreement."""
+    judged = judged_pairs(rows, scores)
+    summary = summary_of(judged)
+    if other is not None:
+        name, theirs = other[0], judged_pairs(rows, other[1])
+        summary["compared_with"] = {
+            "model": name, "agreement": agreement(judged, theirs), "accuracy": summary_of(theirs)["accuracy"],
+        }  # fmt: skip
+    return summary
+
+
+def judged_pairs(rows: Sequence[RankedTokens], scores: Scores) -> list[JudgedPair]:
+    """All pairs of all prompts, in their order."""
+    return [
+        JudgedPair(chosen, rejected, len(row.responses[better]), len(row.responses[worse]), row.source, number)
+        for number, (row, of_row) in enumerate(zip(rows, scores, strict=True))
+        for (better, worse), (chosen, rejected) in zip(row.pairs, of_row, strict=True)
+    ]
+
+
+def sample_rows(
+    model: Scalar, rows: Sequence[RankedTokens], scores: Scores, tokenizer: Any, *, step: int
+) -> list[dict[str, Any]]:
+    """The most wrong, the surest and the closest held-out pairs, as rows of samples.jsonl, scored token by token."""
+    judged = judged_pairs(rows, scores)
+    places = [(row, better, worse) for row in rows for better, worse in row.pairs]
+    written = []
+    for kind, indices in notable(judged, EACH).items():
+        for i in indices:
+            row, better, worse = places[i]
+            chosen, rejected = _along(model, row, (better, worse))
+            written.append({
+                "step": step, "kind": kind, "source": row.source, "prompt": list(row.messages),
+                "chosen": _text(tokenizer, row.responses[better]), "rejected": _text(tokenizer, row.responses[worse]),
+                "reward_chosen": judged[i].score_chosen, "reward_rejected": judged[i].score_rejected,
+                "along_chosen": chosen, "along_rejected": rejected,
+            })  # fmt: skip
+    return written
+
+
+@torch.no_grad()
+def _along(model: Scalar, row: RankedTokens, which: Sequence[int]) -> list[list[float]]:
+    """The scalar at every token of the responses: what the score would be if they ended there."""
+    responses = [row.responses[i] for i in which]
+    batch = token_batch([row.prompt] * len(responses), responses, device=str(next(model.parameters()).device))
+    values_BR = at_responses(model(batch).values_BT, batch)
+    return [values_BR[b, : len(response)].tolist() for b, response in enumerate(responses)]
+
+
+def _text(tokenizer: Any, ids: Sequence[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=True).strip()
