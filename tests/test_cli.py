@@ -102,7 +102,7 @@ def flags_of(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
 def test_help_lists_every_verb_with_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert [*ABOUT] == ["sft", "reward", "ppo", "evaluate", "chat", "report", "quickstart", "recipes", "doctor"]
+    assert [*ABOUT] == ["sft", "reward", "ppo", "evaluate", "rank", "chat", "report", "quickstart", "recipes", "doctor"]
     assert main([]) == 0
     assert capsys.readouterr().out == out
     for name in ABOUT:

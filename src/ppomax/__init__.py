@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         OptimConfig,
         PPOConfig,
         QuickstartConfig,
+        RankConfig,
         ReportConfig,
         RewardConfig,
         SamplingConfig,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from ppomax.stages.evaluate import evaluate
     from ppomax.stages.ppo import ppo
     from ppomax.stages.quickstart import quickstart
+    from ppomax.stages.rank import rank
     from ppomax.stages.reward import reward
     from ppomax.stages.sft import sft
 
@@ -51,6 +53,7 @@ __all__ = [
     "OptimConfig",
     "PPOConfig",
     "QuickstartConfig",
+    "RankConfig",
     "ReportConfig",
     "RewardConfig",
     "SFTConfig",
@@ -61,6 +64,7 @@ __all__ = [
     "evaluate",
     "ppo",
     "quickstart",
+    "rank",
     "reward",
     "sft",
     "write_report",

@@ -27,6 +27,23 @@ def test_margin_by_hand():
     assert_close(ranking_loss(one, zero, denom=1, margin=math.log(3)), math.log(2))
 
 
+def test_label_smoothing_by_hand():
+    chosen, rejected = torch.tensor([math.log(3.0), 0.0]), torch.zeros(2)  # preferred with 3/4 and 1/2
+    loss = ranking_loss(chosen, rejected, denom=2.0, label_smoothing=0.1)
+    expected = -(0.9 * math.log(3 / 4) + 0.1 * math.log(1 / 4) + math.log(1 / 2)) / 2
+    assert float(loss) == pytest.approx(expected, rel=1e-6)
+    # The least loss is where the model is as sure as the labels are.
+    sure = torch.tensor([math.log(9.0)], requires_grad=True)
+    ranking_loss(sure, torch.zeros(1), denom=1.0, label_smoothing=0.1).backward()
+    assert float(sure.grad) == pytest.approx(0.0, abs=1e-7)
+
+
+@pytest.mark.parametrize("smoothing", [-0.1, 0.5, math.nan])
+def test_wrong_label_smoothing(smoothing):
+    with pytest.raises(ValueError, match="label_smoothing: found"):
+        ranking_loss(torch.zeros(1), torch.zeros(1), denom=1.0, label_smoothing=smoothing)
+
+
 def test_gradient_pulls_the_pair_apart():
     chosen, rejected = torch.zeros(1, requires_grad=True), torch.zeros(1, requires_grad=True)
     ranking_loss(chosen, rejected, denom=1).backward()

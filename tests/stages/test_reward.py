@@ -20,7 +20,8 @@ from ppomax.data.readers import read_pairs
 from ppomax.data.split import split_by_key
 from ppomax.models.load import load_tokenizer
 from ppomax.stages.inputs import RankedTokens, compute_of, ranked_tokens
-from ppomax.stages.reward import reward, reward_player, score_pairs
+from ppomax.stages.reward import reward, reward_player
+from ppomax.stages.reward_scoring import score_pairs
 from ppomax.types import DataError, SetupError
 from stages.conftest import Toys, Trained
 from stages.toy import (

@@ -123,6 +123,9 @@ class RewardConfig(Schema):
         gt=0,
         description="Margin of the ranking loss per point of score_chosen - score_rejected in the data; None: off.",
     )
+    label_smoothing: float | None = Field(
+        default=None, gt=0, lt=0.5, description="Share of the labels that are taken to be wrong; None: off."
+    )
     compare: str | None = Field(
         default=None,
         description="Another reward model with the same tokenizer: how often the two agree on the held-out pairs.",
@@ -132,6 +135,23 @@ class RewardConfig(Schema):
     compute: ModelConfig = ModelConfig()
     optim: OptimConfig = OptimConfig(lr=5e-6)
     save: SaveConfig = SaveConfig(every=100)
+
+
+class RankConfig(Schema):
+    """A trained reward model on preference pairs that it has not learnt: accuracy per source, calibration, mistakes."""
+
+    run_dir: Path = Field(default=Path("runs/rank"), description="Where summary, pairs and report are written.")
+    reward: str = Field(default="runs/reward/final", description="The reward model.")
+    data: tuple[str, ...] = Field(
+        default=(), description="Pairs in any of the data formats; `source` or `subset` of a row names its group."
+    )
+    compare: str | None = Field(
+        default=None, description="Another reward model with the same tokenizer: how often the two agree."
+    )
+    max_length: int = Field(
+        default=1024, ge=8, description="Longest prompt + response in tokens; old turns are dropped first."
+    )
+    compute: ModelConfig = ModelConfig()
 
 
 class SamplingConfig(Schema):

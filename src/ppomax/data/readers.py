@@ -150,7 +150,7 @@ def _plain_text(row: Row) -> Dialogue:
 
 def _source(row: Row) -> str:
     # The label of the spec wins: it is what the user typed for this run.
-    return row.source or str(row.fields.get("source") or "default")
+    return row.source or str(row.fields.get("source") or row.fields.get("subset") or "default")
 
 
 def _digest(value: object) -> str:

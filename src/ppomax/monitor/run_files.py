@@ -110,6 +110,8 @@ def _guess_stage(
     metrics: Sequence[Mapping[str, Any]], samples: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]
 ) -> str:
     keys = {key for row in metrics for key in row}
+    if "fit_for_ppo" in summary:
+        return "reward"
     if keys & {"kl_per_sequence", "score_mean"}:
         return "ppo"
     if keys & {"ranking_loss", "accuracy", "heldout_accuracy"}:

@@ -16,6 +16,7 @@ def ranking_loss(
     denom: float,
     margin: float | Float[Tensor, " B"] = 0.0,
     weight_B: Float[Tensor, " B"] | None = None,
+    label_smoothing: float = 0.0,
 ) -> Float[Tensor, ""]:
     """Negative log-likelihood of the preferences under Bradley-Terry.
 
@@ -23,14 +24,22 @@ def ranking_loss(
 
     `denom`: total weight of the whole minibatch, over all microbatches and ranks (its pairs, where all weigh 1).
     `weight_B`: 1 / pairs of the same prompt makes every prompt count once, as in InstructGPT. `margin`: score units,
-    one for all or one per pair (Touvron et al., 2023, arXiv 2307.09288, eq. 2).
+    one for all or one per pair (Touvron et al., 2023, arXiv 2307.09288, eq. 2). `label_smoothing` s in [0, 0.5): the
+    share of labels that are taken to be wrong; the likelihood of the other order then counts with weight s, that of the
+    given one with 1 - s (Szegedy et al., 2016, arXiv 1512.00567, section 7).
     Source: "Secrets of RLHF I", eq. 1, as a loss (the paper prints its negative).
     """
     _expect_pairs(chosen_B, rejected_B)
     expect_positive(denom=denom)
     if isinstance(margin, Tensor):
         expect_shape(chosen_B.shape, margin=margin)
-    likelihood_B = torch.nn.functional.logsigmoid(chosen_B - rejected_B - margin)
+    if not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing: found {label_smoothing}, expected 0 to below 0.5")
+    difference_B = chosen_B - rejected_B - margin
+    likelihood_B = torch.nn.functional.logsigmoid(difference_B)
+    if label_smoothing:
+        other_B = torch.nn.functional.logsigmoid(-difference_B)
+        likelihood_B = (1 - label_smoothing) * likelihood_B + label_smoothing * other_B
     if weight_B is not None:
         expect_shape(chosen_B.shape, weight_B=weight_B)
         likelihood_B = likelihood_B * weight_B

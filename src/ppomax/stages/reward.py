@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ppomax.config import RewardConfig
-from ppomax.data.batches import balanced_batches, prompt_batches, token_budget_batches
+from ppomax.data.batches import balanced_batches
 from ppomax.data.readers import read_pairs
 from ppomax.data.split import split_by_key
 from ppomax.engine.durable import disk_errors
@@ -22,19 +22,19 @@ from ppomax.models.load import (
     load_causal_lm,
     load_scalar_lm,
     load_tokenizer,
-    same_vocabulary,
 )
-from ppomax.models.players import Scalar, at_end, response_mask
-from ppomax.models.trunk import trunk_states, with_states
+from ppomax.models.players import Scalar
+from ppomax.models.trunk import trunk_states
 from ppomax.monitor.log import append_samples, without_nan
 from ppomax.monitor.progress import progress
 from ppomax.rl.objectives import nll_loss
 from ppomax.rl.preference import ranking_accuracy, ranking_loss
 from ppomax.stages.inputs import RankedTokens, compute_of, context_limit, ranked_tokens, required
 from ppomax.stages.reward_report import heldout_summary, sample_rows
+from ppomax.stages.reward_scoring import expect_comparable, groups_of, picked, score_pairs, score_rows
 from ppomax.stages.session import Session, session
 from ppomax.stages.sft import adamw, rate, schedule
-from ppomax.types import DataError, Pair, SetupError, token_batch
+from ppomax.types import DataError, Pair, SetupError
 
 
 def reward(config: RewardConfig, *, resume: bool = False, fresh: bool = False) -> dict[str, Any]:
@@ -53,8 +53,7 @@ def _train(run: Session, config: RewardConfig) -> dict[str, Any]:
         )
     learn, held, report = _pairs(config)
     tokenizer = load_tokenizer(config.model, config.compute.chat_template)
-    if config.compare is not None and not same_vocabulary(load_tokenizer(config.compare), tokenizer):
-        raise SetupError(f"compare: {config.compare} has another vocabulary than {config.model}; expected the same")
+    expect_comparable(config.compare, config.model, tokenizer)
     rows, cut = ranked_tokens(tokenizer, learn, config.max_length)
     heldout = ranked_tokens(tokenizer, held, config.max_length)[0] if held else []
     if config.margin is not None and any(gap is None for row in rows for gap in row.gaps):
@@ -77,7 +76,8 @@ def _train(run: Session, config: RewardConfig) -> dict[str, Any]:
             f"{len(heldout)} held out; {min(pairs)}–{max(pairs)} pairs a step by tokens",
             "steps": f"{steps} ({steps / len(first):.2f} epochs of {len(first)})",
             "loss": f"{config.ranking_weight:g} × ranking + {config.lm_weight or 0:g} × LM on the preferred response"
-            + (f", margin {config.margin:g} × score gap" if config.margin else ""),
+            + (f", margin {config.margin:g} × score gap" if config.margin else "")
+            + (f", label smoothing {config.label_smoothing:g}" if config.label_smoothing else ""),
             "schedule": schedule(config.optim, steps),
             "compute": f"{compute.device}, {str(compute.dtype)[6:]}; checkpoints of {size / 2**30:.2f} GiB",
         },
@@ -97,12 +97,12 @@ def _train(run: Session, config: RewardConfig) -> dict[str, Any]:
             epoch, members = batches[step]
             began = time.perf_counter()
             row = _step(
-                model, optimiser, [rows[i] for i in members], _picked(states, members), config,
+                model, optimiser, [rows[i] for i in members], picked(states, members), config,
                 learning_rate(step, steps, **rate(config.optim)),
             )  # fmt: skip
             row = {"step": step, "epoch": epoch, **row, "seconds": time.perf_counter() - began}
             if heldout and (step % config.eval_every == 0 or step == steps - 1):
-                scores = score_heldout(model, heldout, held_states, config.compute.tokens_per_microbatch)
+                scores = score_rows(model, heldout, held_states, config.compute.tokens_per_microbatch)
                 margins = [chosen - rejected for row_scores in scores for chosen, rejected in row_scores]
                 row["heldout_accuracy"] = accuracy(margins)
                 row["heldout_loss"] = float(-nn.functional.logsigmoid(torch.tensor(margins)).mean())
@@ -111,8 +111,11 @@ def _train(run: Session, config: RewardConfig) -> dict[str, Any]:
             run.checkpoint(step, step == steps - 1, lambda: (optimiser.state_tensors(), {}))
     summary = {"prompts": len(rows), "pairs": sum(len(row.pairs) for row in rows), "steps": steps}
     if heldout:
-        scores = score_heldout(model, heldout, held_states, config.compute.tokens_per_microbatch)
-        other = None if config.compare is None else (config.compare, _scores_of_other(config, compute, heldout))
+        scores = score_rows(model, heldout, held_states, config.compute.tokens_per_microbatch)
+        other = None
+        if config.compare is not None:
+            rival = Scalar(load_scalar_lm(config.compare, compute), train_layers=None, trained=False)
+            other = config.compare, score_rows(rival, heldout, None, config.compute.tokens_per_microbatch)
         summary |= without_nan(heldout_summary(heldout, scores, other))
         run.run.samples.unlink(missing_ok=True)
         with disk_errors(run.run.samples):
@@ -179,15 +182,18 @@ def _step(
     lm_tokens = sum(len(row.responses[i]) for row in batch for i in row.best)
     pairs = sum(len(row.pairs) for row in batch)
     totals = {"ranking_loss": 0.0, "lm_loss": 0.0, "accuracy": 0.0}
-    for members in _groups(model, batch, config.compute.tokens_per_microbatch):
+    for members in groups_of(model, batch, config.compute.tokens_per_microbatch):
         rows = [batch[i] for i in members]
         chosen_B, rejected_B, lm = score_pairs(
-            model, rows, _picked(states, members), with_lm=config.lm_weight is not None
+            model, rows, picked(states, members), with_lm=config.lm_weight is not None
         )
         weight_B = torch.tensor([1.0 / len(row.pairs) for row in rows for _ in row.pairs], device=chosen_B.device)
         gaps = [gap or 0.0 for row in rows for gap in row.gaps]
         margin_B = (config.margin or 0.0) * torch.tensor(gaps, device=chosen_B.device)
-        ranking = ranking_loss(chosen_B, rejected_B, weight_B=weight_B, margin=margin_B, denom=len(batch))
+        ranking = ranking_loss(
+            chosen_B, rejected_B, weight_B=weight_B, margin=margin_B, denom=len(batch),
+            label_smoothing=config.label_smoothing or 0.0,
+        )  # fmt: skip
         loss = config.ranking_weight * ranking
         if lm is not None and config.lm_weight is not None:
             logprobs_BT, mask_BT = lm
@@ -203,56 +209,9 @@ def _step(
     return {"loss": loss_value, **totals, "lr": lr, "grad_norm": optimiser.step(lr), "pairs": float(pairs)}
 
 
-def score_pairs(
-    model: Scalar, rows: Sequence[RankedTokens], states: Sequence[list[Tensor]] | None, *, with_lm: bool
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-    """Both sides' scores of every pair, each response read once, and the best responses' log-probs with their mask."""
-    device = str(next(model.parameters()).device)
-    sequences = [(row.prompt, response) for row in rows for response in row.responses]
-    batch = token_batch([p for p, _ in sequences], [r for _, r in sequences], device=device)
-    batch = with_states(batch, None if states is None else [state for group in states for state in group])
-    lm_mask_BT = None
-    if with_lm:
-        best = torch.tensor([i in row.best for row in rows for i in range(len(row.responses))], device=device)
-        lm_mask_BT = response_mask(batch) & best[:, None]
-    out = model(batch, lm_mask_BT=lm_mask_BT)
-    scores = at_end(out.values_BT, batch)
-    chosen, rejected, offset = [], [], 0
-    for row in rows:
-        chosen += [offset + better for better, _ in row.pairs]
-        rejected += [offset + worse for _, worse in row.pairs]
-        offset += len(row.responses)
-    lm = None if out.logprobs_BT is None or lm_mask_BT is None else (out.logprobs_BT, lm_mask_BT)
-    return scores[chosen], scores[rejected], lm
-
-
-@torch.no_grad()
-def score_heldout(
-    model: Scalar, rows: Sequence[RankedTokens], states: Sequence[list[Tensor]] | None, budget: int
-) -> list[list[tuple[float, float]]]:
-    """(score of chosen, of rejected) of every pair, per prompt in the given order."""
-    scores: list[list[tuple[float, float]]] = [[] for _ in rows]
-    for members in _groups(model, rows, budget):
-        chosen_B, rejected_B, _ = score_pairs(
-            model, [rows[i] for i in members], _picked(states, members), with_lm=False
-        )
-        flat = zip(chosen_B.tolist(), rejected_B.tolist(), strict=True)
-        for i in members:
-            scores[i] = [next(flat) for _ in rows[i].pairs]
-    return scores
-
-
 def accuracy(margins: Sequence[float]) -> float:
     """Share of positive margins; a tie counts half."""
     return sum((m > 0) + 0.5 * (m == 0) for m in margins) / len(margins)
-
-
-def _groups(model: Scalar, rows: Sequence[RankedTokens], budget: int) -> list[list[int]]:
-    # All responses of a prompt stand in one forward pass; unpacked, at the width of the longest.
-    if model.packs:
-        return prompt_batches([row.prompt for row in rows], [sum(row.responses, ()) for row in rows], budget=budget)
-    widths = [len(row.responses) * (len(row.prompt) + max(map(len, row.responses))) for row in rows]
-    return token_budget_batches(widths, budget=budget, max_rows=len(rows))
 
 
 def _states(model: Scalar, rows: Sequence[RankedTokens], budget: int) -> list[list[Tensor]] | None:
@@ -263,15 +222,3 @@ def _states(model: Scalar, rows: Sequence[RankedTokens], budget: int) -> list[li
         return None
     states = iter(flat)
     return [[next(states) for _ in row.responses] for row in rows]
-
-
-def _picked(states: Sequence[list[Tensor]] | None, members: Sequence[int]) -> list[list[Tensor]] | None:
-    return None if states is None else [states[i] for i in members]
-
-
-def _scores_of_other(
-    config: RewardConfig, compute: Compute, rows: Sequence[RankedTokens]
-) -> list[list[tuple[float, float]]]:
-    """The scores by the reward model that this one is compared with."""
-    other = Scalar(load_scalar_lm(config.compare or "", compute), train_layers=None, trained=False)
-    return score_heldout(other, rows, None, config.compute.tokens_per_microbatch)

@@ -1,0 +1,73 @@
+"""A reward model's scores of ranked responses: each is read once, whatever number of pairs it is in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ppomax.data.batches import prompt_batches, token_budget_batches
+from ppomax.models.load import load_tokenizer, same_vocabulary
+from ppomax.models.players import Scalar, at_end, response_mask
+from ppomax.models.trunk import with_states
+from ppomax.stages.inputs import RankedTokens
+from ppomax.types import SetupError, token_batch
+
+
+def score_pairs(
+    model: Scalar, rows: Sequence[RankedTokens], states: Sequence[list[Tensor]] | None, *, with_lm: bool
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    """Both sides' scores of every pair, each response read once, and the best responses' log-probs with their mask."""
+    device = str(next(model.parameters()).device)
+    sequences = [(row.prompt, response) for row in rows for response in row.responses]
+    batch = token_batch([p for p, _ in sequences], [r for _, r in sequences], device=device)
+    batch = with_states(batch, None if states is None else [state for group in states for state in group])
+    lm_mask_BT = None
+    if with_lm:
+        best = torch.tensor([i in row.best for row in rows for i in range(len(row.responses))], device=device)
+        lm_mask_BT = response_mask(batch) & best[:, None]
+    out = model(batch, lm_mask_BT=lm_mask_BT)
+    scores = at_end(out.values_BT, batch)
+    chosen, rejected, offset = [], [], 0
+    for row in rows:
+        chosen += [offset + better for better, _ in row.pairs]
+        rejected += [offset + worse for _, worse in row.pairs]
+        offset += len(row.responses)
+    lm = None if out.logprobs_BT is None or lm_mask_BT is None else (out.logprobs_BT, lm_mask_BT)
+    return scores[chosen], scores[rejected], lm
+
+
+@torch.no_grad()
+def score_rows(
+    model: Scalar, rows: Sequence[RankedTokens], states: Sequence[list[Tensor]] | None, budget: int
+) -> list[list[tuple[float, float]]]:
+    """(score of chosen, of rejected) of every pair, per prompt in the given order."""
+    scores: list[list[tuple[float, float]]] = [[] for _ in rows]
+    for members in groups_of(model, rows, budget):
+        chosen_B, rejected_B, _ = score_pairs(model, [rows[i] for i in members], picked(states, members), with_lm=False)
+        flat = zip(chosen_B.tolist(), rejected_B.tolist(), strict=True)
+        for i in members:
+            scores[i] = [next(flat) for _ in rows[i].pairs]
+    return scores
+
+
+def groups_of(model: Scalar, rows: Sequence[RankedTokens], budget: int) -> list[list[int]]:
+    """Rows of each forward pass, at most `budget` tokens."""
+    # All responses of a prompt stand in one forward pass; unpacked, at the width of the longest.
+    if model.packs:
+        return prompt_batches([row.prompt for row in rows], [sum(row.responses, ()) for row in rows], budget=budget)
+    widths = [len(row.responses) * (len(row.prompt) + max(map(len, row.responses))) for row in rows]
+    return token_budget_batches(widths, budget=budget, max_rows=len(rows))
+
+
+def picked(states: Sequence[list[Tensor]] | None, members: Sequence[int]) -> list[list[Tensor]] | None:
+    """The states of some rows, where there are any."""
+    return None if states is None else [states[i] for i in members]
+
+
+def expect_comparable(other: str | None, name: str, tokenizer: Any) -> None:
+    """Refuse a second reward model, if one is named, whose tokens are not those of the first."""
+    if other is not None and not same_vocabulary(load_tokenizer(other), tokenizer):
+        raise SetupError(f"compare: {other} has another vocabulary than {name}; expected the same")
