@@ -12,7 +12,7 @@ import pytest
 
 from ppomax.config import SamplingConfig
 from ppomax.data.readers import read_pairs
-from ppomax.stages.label import label
+from ppomax.stages.label import label, looped
 from ppomax.types import DataError, SetupError
 from stages.conftest import Toys, Trained
 from stages.toy import FLOAT32, share_of_e
@@ -58,6 +58,37 @@ def test_the_judge_orders_the_answers_of_a_prompt(trained: Trained, toys: Toys, 
     pairs, report = read_pairs(str(tmp_path / "pairs.jsonl"))
     assert len(pairs) == len(rows), report
     assert {pair.source for pair in pairs} == {"even", "odd"}
+
+
+def test_the_best_answer_of_every_other_prompt_is_an_answer_that_loops_too(
+    trained: Trained, toys: Toys, tmp_path: Path
+) -> None:
+    def judge(prompts: Sequence[Any], responses: Sequence[str], **columns: Any) -> list[float]:
+        return [len(text) / 100 if ", and " not in text else -1.0 for text in responses]
+
+    plain = labelled(tmp_path / "plain.jsonl", trained, toys, judge)
+    rows = labelled(tmp_path / "loops.jsonl", trained, toys, judge, loop_every=2)
+    added = [row for row in rows if row not in plain]
+    assert [row for row in rows if row in plain] == plain
+    prompts = {row["prompt"][-1]["content"] for row in added}
+    assert len(prompts) == 23 and len(added) == 23 * 4  # of 45 prompts with 4 answers each; all of them beat the loop
+    for prompt in prompts:
+        mine = [row for row in added if row["prompt"][-1]["content"] == prompt]
+        (loop,) = {row["rejected"] for row in mine}
+        best = max((row["chosen"] for row in mine), key=len)
+        assert loop.startswith(" ".join(best.rstrip(" .!?").split())) and loop.endswith(".") and ", and " in loop
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "expected"),
+    [
+        ("It is a lovely day, a very good day.", 4, "It is a lovely day, a very good day, and a very good day."),
+        ("A nice day!", 4, "A nice day, and day."),
+        ("Yes", 3, "Yes, and Yes."),
+    ],
+)
+def test_looped(text: str, words: int, expected: str) -> None:
+    assert looped(text, words) == expected
 
 
 def test_the_same_seed_gives_the_same_file_whatever_is_decoded_side_by_side(

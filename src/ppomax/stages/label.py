@@ -17,15 +17,20 @@ from ppomax.rewards.callables import RewardFunction, call, shared_columns
 from ppomax.rollout.collect import collect, eos_token_ids, response_texts
 from ppomax.rollout.sampler import Distribution
 from ppomax.stages.inputs import compute_of, context_limit, fitted_prompts
+from ppomax.types import Prompt
 
 RANDOM_PURPOSE = 1_000_002
 
 
 def label(
     policy: str, prompts: Sequence[str], judge: RewardFunction, out: Path, *, samples: int, tie: float,
-    sampling: SamplingConfig, compute: ModelConfig, seed: int,
+    sampling: SamplingConfig, compute: ModelConfig, seed: int, loop_every: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Write `out`: all pairs of answers to a prompt whose judge scores differ by more than `tie`. Returns counts."""
+    """Write `out`: all pairs of answers to a prompt whose judge scores differ by more than `tie`. Returns counts.
+
+    loop_every: for one prompt in so many, the best answer with its last words said again is one more answer. Sampled
+    answers hardly ever loop, so that without it the reward model never learns what the judge thinks of that.
+    """
     tokenizer = load_tokenizer(policy, compute.chat_template)
     rows, ids, report = fitted_prompts(tokenizer, prompts, 512)
     model = Policy(load_causal_lm(policy, compute_of(compute)), train_layers=None, trained=False)
@@ -37,25 +42,43 @@ def label(
             eos_ids=eos_token_ids(model.model, tokenizer), max_rows=sampling.max_rows, progress=advance,
         )  # fmt: skip
     texts = response_texts(tokenizer, rollout)
-    columns = shared_columns([p.columns for p in rollout.prompts])
-    scores, _ = call(judge, [p.messages for p in rollout.prompts], texts, columns, name="judge")
+    scores = _judged(judge, rollout.prompts, texts)
+    groups = [range(first, first + samples) for first in range(0, len(texts), samples)]
+    spoilt = [max(group, key=lambda i: scores[i]) for group in groups[::loop_every]] if loop_every else []
+    again = [looped(texts[i], 3 + number % 6) for number, i in enumerate(spoilt)]
+    of_loops = _judged(judge, [rollout.prompts[i] for i in spoilt], again) if spoilt else []
+    extra = {i // samples: (score, text) for i, score, text in zip(spoilt, of_loops, again, strict=True)}
     lines = []
-    for start in range(0, len(texts), samples):
-        group = sorted(range(start, start + samples), key=lambda i: -scores[i])
-        for better, worse in itertools.combinations(group, 2):
-            if scores[better] - scores[worse] > tie and texts[worse]:
-                prompt = rollout.prompts[better]
+    for number, group in enumerate(groups):
+        answers = [(scores[i], texts[i]) for i in group]
+        if number in extra:
+            answers.append(extra[number])
+        prompt = rollout.prompts[group[0]]
+        for (high, better), (low, worse) in itertools.combinations(sorted(answers, key=lambda a: -a[0]), 2):
+            if high - low > tie and worse:
                 lines.append({
-                    "prompt": list(prompt.messages), "chosen": texts[better], "rejected": texts[worse],
-                    "score_chosen": scores[better], "score_rejected": scores[worse], "source": prompt.source,
+                    "prompt": list(prompt.messages), "chosen": better, "rejected": worse, "score_chosen": high,
+                    "score_rejected": low, "source": prompt.source,
                 })  # fmt: skip
     write_text_atomic(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     counts = {
         "prompts": len(rows),
-        "responses": len(texts),
+        "responses": len(texts) + len(again),
         "pairs": len(lines),
         "judge_mean": sum(scores) / len(scores),
         "read": report,
     }
     write_json_atomic(out.with_suffix(".json"), counts)
     return counts
+
+
+def looped(text: str, words: int) -> str:
+    """The text, and its last `words` words again (at most half of it)."""
+    said = text.rstrip(" .!?").split()
+    tail = said[-min(words, max(len(said) // 2, 1)) :]
+    return f"{' '.join(said)}, and {' '.join(tail)}."
+
+
+def _judged(judge: RewardFunction, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
+    messages, columns = [p.messages for p in prompts], shared_columns([p.columns for p in prompts])
+    return call(judge, messages, list(texts), columns, name="judge")[0]

@@ -38,6 +38,8 @@ DATA = files("ppomax.data") / "quickstart"
 SAMPLING = SamplingConfig(max_new_tokens=40, temperature=0.75, max_rows=256)
 TIE = 0.05
 SAMPLES = 6
+# One answer that repeats itself for every other prompt: PPO finds loops of kind words otherwise.
+LOOP_EVERY = 2
 # The first judge counts wins; the last one labels the pairs and is logged.
 JUDGES = ("ppomax.rewards.judge:sentiment", "ppomax.rewards.judge:gold")
 # tiny writes random letters, which have no sentiment that could be learnt.
@@ -66,6 +68,7 @@ def _quickstart(run: Run, config: QuickstartConfig) -> dict[str, Any]:
         seconds("label", lambda: label(
             str(at / "sft" / "final"), [_data("prompts")], load_function(_judges(config)[-1]), at / "pairs.jsonl",
             samples=SAMPLES, tie=TIE, sampling=SAMPLING, compute=plan["sft"].compute, seed=config.seed,
+            loop_every=LOOP_EVERY,
         ))  # fmt: skip
     seconds("reward", lambda: _unless_finished(at / "reward", "reward", lambda: reward(plan["reward"], resume=True)))
     seconds("ppo", lambda: _unless_finished(at / "ppo", "ppo", lambda: ppo(plan["ppo"], resume=True)))
