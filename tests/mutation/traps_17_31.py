@@ -150,8 +150,8 @@ MUTATIONS = [
     ),
     Mutation(
         24, "a pair's loss depends on its microbatch", "stages/reward.py",
-        "weight_B=weight_B, margin=margin_B, denom=len(batch))",
-        "weight_B=weight_B, margin=margin_B, denom=len(rows))",
+        "weight_B=weight_B, margin=margin_B, denom=len(batch),",
+        "weight_B=weight_B, margin=margin_B, denom=len(rows),",
         (f"{REWARD}::test_trap_19_and_24_no_pair_is_split_and_microbatches_change_nothing",),
     ),
     Mutation(
@@ -162,8 +162,8 @@ MUTATIONS = [
     ),
     Mutation(
         24, "a tie becomes a pair", "stages/label.py",
-        "if scores[better] - scores[worse] > tie and texts[worse]:",
-        "if scores[better] - scores[worse] >= tie and texts[worse]:",
+        "if high - low > tie and worse:",
+        "if high - low >= tie and worse:",
         (f"{LABEL}::test_trap_24_ties_and_empty_losers_make_no_pair",),
     ),
     Mutation(
