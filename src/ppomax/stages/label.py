@@ -44,10 +44,11 @@ def label(
     texts = response_texts(tokenizer, rollout)
     scores = _judged(judge, rollout.prompts, texts)
     groups = [range(first, first + samples) for first in range(0, len(texts), samples)]
-    spoilt = [max(group, key=lambda i: scores[i]) for group in groups[::loop_every]] if loop_every else []
-    again = [looped(texts[i], 3 + number % 6) for number, i in enumerate(spoilt)]
-    of_loops = _judged(judge, [rollout.prompts[i] for i in spoilt], again) if spoilt else []
-    extra = {i // samples: (score, text) for i, score, text in zip(spoilt, of_loops, again, strict=True)}
+    best = {number: max(group, key=lambda i: scores[i]) for number, group in enumerate(groups)}
+    spoilt = {number: i for number, i in best.items() if loop_every and number % loop_every == 0 and texts[i]}
+    loops = {number: looped(texts[i], 3 + n % 6) for n, (number, i) in enumerate(spoilt.items())}
+    of_loops = _judged(judge, [rollout.prompts[i] for i in spoilt.values()], list(loops.values())) if loops else []
+    extra = dict(zip(loops, zip(of_loops, loops.values(), strict=True), strict=True))
     lines = []
     for number, group in enumerate(groups):
         answers = [(scores[i], texts[i]) for i in group]
@@ -63,7 +64,7 @@ def label(
     write_text_atomic(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     counts = {
         "prompts": len(rows),
-        "responses": len(texts) + len(again),
+        "responses": len(texts) + len(loops),
         "pairs": len(lines),
         "judge_mean": sum(scores) / len(scores),
         "read": report,
