@@ -22,6 +22,7 @@ from stages.toy import (
     CALM,
     FLOAT32,
     LONGER,
+    expect_exact_resume,
     first_iteration,
     metrics,
     ppo_config,
@@ -76,31 +77,7 @@ def test_trap_29_a_run_without_a_critic_and_with_an_average_resumes_bit_for_bit(
         "kl": KLConfig(target=1.0, horizon=100.0), "score": ScoreConfig(normalise=False, clip=None, scale=True),
         "save": SaveConfig(every=2),
     }  # fmt: skip
-    whole = ppo_config(tmp_path / "whole", trained.sft, toys.prompts, **settings)
-    parts = whole.model_copy(update={"run_dir": tmp_path / "parts"})
-    ppo(whole)
-    stop_after_second(parts)
-    ppo(parts, resume=True)
-    assert metrics(whole.run_dir) == metrics(parts.run_dir)
-    for folder in ("final", "last"):
-        assert same_bits(weights(whole.run_dir / folder), weights(parts.run_dir / folder))
-
-
-def stop_after_second(config: PPOConfig) -> None:
-    """Two iterations with a checkpoint, then an error of the reward."""
-    from stages import toy
-
-    seen = []
-
-    def reward(prompts: list[Any], responses: list[str], **columns: Any) -> list[float]:
-        seen.append(1)
-        if len(seen) > 2:
-            raise KeyboardInterrupt
-        return toy.share_of_e(prompts, responses)
-
-    reward.__module__, reward.__qualname__ = "stages.toy", "share_of_e"
-    with pytest.raises(KeyboardInterrupt):
-        ppo(config, reward=reward)
+    expect_exact_resume(ppo_config(tmp_path / "whole", trained.sft, toys.prompts, **settings), ("final", "last"))
 
 
 def test_the_average_is_final_and_the_last_policy_stands_beside_it(

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import pre_tokenizers
@@ -34,6 +35,7 @@ from ppomax.models.embedded import embedded_directory
 from ppomax.rewards.callables import RewardFunction
 from ppomax.rollout.collect import collect, iteration_prompts, response_texts
 from ppomax.stages.estimate import History, estimate, seen
+from ppomax.stages.ppo import ppo
 from ppomax.stages.ppo_setup import Job, prepare
 from ppomax.stages.scoring import Microbatch, TokenStatistics, plan_minibatches, score
 from ppomax.stages.session import session
@@ -306,3 +308,24 @@ def first_iteration(job: Job) -> FirstIteration:
     scored = job.scale_critic(scored)
     experience, rewards_BR = estimate(scored, job.seen, config)
     return FirstIteration(texts, plan, scored, statistics, job.seen, experience, rewards_BR)
+
+
+def expect_exact_resume(whole: PPOConfig, folders: Sequence[str]) -> None:
+    """A run that an error of the reward ends after its second iteration goes on as if it never had been."""
+    parts = whole.model_copy(update={"run_dir": whole.run_dir.with_name("parts")})
+    seen = []
+
+    def reward(prompts: list[Any], responses: list[str], **columns: Any) -> list[float]:
+        seen.append(1)
+        if len(seen) > 2:
+            raise KeyboardInterrupt
+        return share_of_e(prompts, responses)
+
+    reward.__module__, reward.__qualname__ = "stages.toy", "share_of_e"
+    ppo(whole)
+    with pytest.raises(KeyboardInterrupt):
+        ppo(parts, reward=reward)
+    ppo(parts, resume=True)
+    assert metrics(whole.run_dir) == metrics(parts.run_dir)
+    for folder in folders:
+        assert same_bits(weights(whole.run_dir / folder), weights(parts.run_dir / folder))

@@ -53,6 +53,7 @@ class JudgedPair:
 def summary_of(pairs: Sequence[JudgedPair]) -> dict[str, Any]:
     """Everything that summary.json says about the held-out pairs; at least one pair."""
     sources = sorted({pair.source for pair in pairs})
+    groups = calibration(pairs)
     summary = {
         "heldout_pairs": len(pairs),
         **accuracy(pairs),
@@ -61,8 +62,8 @@ def summary_of(pairs: Sequence[JudgedPair]) -> dict[str, Any]:
         "accuracy_if_longer_preferred": _mean([p.right for p in pairs if p.longer > 0]),
         "accuracy_if_shorter_preferred": _mean([p.right for p in pairs if p.longer < 0]),
         "by_length": by_length(pairs),
-        "calibration_error": calibration_error(calibration(pairs)),
-        "calibration": calibration(pairs),
+        "calibration_error": calibration_error(groups),
+        "calibration": groups,
         "confident_mistakes": _mean([1 - p.right for p in pairs if p.confidence > CONFIDENT]),
         "margin_histogram": histogram([p.margin for p in pairs]),
     }

@@ -9,11 +9,11 @@ from ppomax.data.readers import read_pairs
 from ppomax.engine.durable import write_json_atomic
 from ppomax.models.load import load_scalar_lm, load_tokenizer
 from ppomax.models.players import Scalar
-from ppomax.monitor.log import append_samples, without_nan
+from ppomax.monitor.log import without_nan
 from ppomax.monitor.report import write_report
 from ppomax.stages.inputs import compute_of, context_limit, ranked_tokens, required
-from ppomax.stages.reward_report import heldout_summary, sample_rows
-from ppomax.stages.reward_scoring import expect_comparable, score_rows
+from ppomax.stages.reward_report import heldout_summary, write_samples
+from ppomax.stages.reward_scoring import expect_comparable, score_rows, scores_by
 from ppomax.stages.session import opened_run
 
 
@@ -33,13 +33,9 @@ def rank(config: RankConfig, *, fresh: bool = False) -> dict[str, Any]:
         context_limit(model.model, longest, "longest prompt + response")
         budget = config.compute.tokens_per_microbatch
         scores = score_rows(model, rows, None, budget)
-        other = None
-        if config.compare is not None:
-            rival = Scalar(load_scalar_lm(config.compare, compute), train_layers=None, trained=False)
-            other = config.compare, score_rows(rival, rows, None, budget)
+        other = None if config.compare is None else (config.compare, scores_by(config.compare, rows, compute, budget))
         summary = without_nan({"prompts": len(rows), **heldout_summary(rows, scores, other)})
-        run.samples.unlink(missing_ok=True)
-        append_samples(run.samples, sample_rows(model, rows, scores, tokenizer, step=0))
+        write_samples(run.samples, model, rows, scores, tokenizer, step=0)
         write_json_atomic(run.summary, summary)
         write_report(run.path)
         return summary

@@ -14,7 +14,6 @@ from ppomax.config import RewardConfig
 from ppomax.data.batches import balanced_batches
 from ppomax.data.readers import read_pairs
 from ppomax.data.split import split_by_key
-from ppomax.engine.durable import disk_errors
 from ppomax.engine.optimiser import Optimiser, learning_rate
 from ppomax.models.load import (
     Compute,
@@ -25,13 +24,13 @@ from ppomax.models.load import (
 )
 from ppomax.models.players import Scalar
 from ppomax.models.trunk import trunk_states
-from ppomax.monitor.log import append_samples, without_nan
+from ppomax.monitor.log import without_nan
 from ppomax.monitor.progress import progress
 from ppomax.rl.objectives import nll_loss
 from ppomax.rl.preference import ranking_accuracy, ranking_loss
 from ppomax.stages.inputs import RankedTokens, compute_of, context_limit, ranked_tokens, required
-from ppomax.stages.reward_report import heldout_summary, sample_rows
-from ppomax.stages.reward_scoring import expect_comparable, groups_of, picked, score_pairs, score_rows
+from ppomax.stages.reward_report import heldout_summary, judged_pairs, write_samples
+from ppomax.stages.reward_scoring import expect_comparable, groups_of, picked, score_pairs, score_rows, scores_by
 from ppomax.stages.session import Session, session
 from ppomax.stages.sft import adamw, rate, schedule
 from ppomax.types import DataError, Pair, SetupError
@@ -103,23 +102,22 @@ def _train(run: Session, config: RewardConfig) -> dict[str, Any]:
             row = {"step": step, "epoch": epoch, **row, "seconds": time.perf_counter() - began}
             if heldout and (step % config.eval_every == 0 or step == steps - 1):
                 scores = score_rows(model, heldout, held_states, config.compute.tokens_per_microbatch)
-                margins = [chosen - rejected for row_scores in scores for chosen, rejected in row_scores]
-                row["heldout_accuracy"] = accuracy(margins)
-                row["heldout_loss"] = float(-nn.functional.logsigmoid(torch.tensor(margins)).mean())
+                judged = judged_pairs(heldout, scores)
+                margins = torch.tensor([pair.margin for pair in judged])
+                row["heldout_accuracy"] = sum(pair.right for pair in judged) / len(judged)
+                row["heldout_loss"] = float(-nn.functional.logsigmoid(margins).mean())
             run.append(row)
             advance(note=f"loss {row['ranking_loss']:.3f}, accuracy {row['accuracy']:.2f}")
             run.checkpoint(step, step == steps - 1, lambda: (optimiser.state_tensors(), {}))
     summary = {"prompts": len(rows), "pairs": sum(len(row.pairs) for row in rows), "steps": steps}
     if heldout:
-        scores = score_rows(model, heldout, held_states, config.compute.tokens_per_microbatch)
-        other = None
-        if config.compare is not None:
-            rival = Scalar(load_scalar_lm(config.compare, compute), train_layers=None, trained=False)
-            other = config.compare, score_rows(rival, heldout, None, config.compute.tokens_per_microbatch)
+        budget = config.compute.tokens_per_microbatch
+        scores = score_rows(model, heldout, held_states, budget)
+        other = (
+            None if config.compare is None else (config.compare, scores_by(config.compare, heldout, compute, budget))
+        )
         summary |= without_nan(heldout_summary(heldout, scores, other))
-        run.run.samples.unlink(missing_ok=True)
-        with disk_errors(run.run.samples):
-            append_samples(run.run.samples, sample_rows(model, heldout, scores, tokenizer, step=steps - 1))
+        write_samples(run.run.samples, model, heldout, scores, tokenizer, step=steps - 1)
     return run.finish(lambda folder: export_scalar(model.model, tokenizer, folder), summary)
 
 
@@ -207,11 +205,6 @@ def _step(
     if config.lm_weight is None:
         del totals["lm_loss"]
     return {"loss": loss_value, **totals, "lr": lr, "grad_norm": optimiser.step(lr), "pairs": float(pairs)}
-
-
-def accuracy(margins: Sequence[float]) -> float:
-    """Share of positive margins; a tie counts half."""
-    return sum((m > 0) + 0.5 * (m == 0) for m in margins) / len(margins)
 
 
 def _states(model: Scalar, rows: Sequence[RankedTokens], budget: int) -> list[list[Tensor]] | None:

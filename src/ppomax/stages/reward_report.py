@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from ppomax.engine.durable import disk_errors
 from ppomax.models.players import Scalar, at_responses
+from ppomax.monitor.log import append_samples
 from ppomax.monitor.preferences import JudgedPair, agreement, notable, summary_of
 from ppomax.stages.inputs import RankedTokens
 from ppomax.types import token_batch
@@ -38,10 +41,10 @@ def judged_pairs(rows: Sequence[RankedTokens], scores: Scores) -> list[JudgedPai
     ]
 
 
-def sample_rows(
-    model: Scalar, rows: Sequence[RankedTokens], scores: Scores, tokenizer: Any, *, step: int
-) -> list[dict[str, Any]]:
-    """The most wrong, the surest and the closest held-out pairs, as rows of samples.jsonl, scored token by token."""
+def write_samples(
+    path: Path, model: Scalar, rows: Sequence[RankedTokens], scores: Scores, tokenizer: Any, *, step: int
+) -> None:
+    """samples.jsonl anew: the most wrong, the surest and the closest held-out pairs, scored token by token."""
     judged = judged_pairs(rows, scores)
     places = [(row, better, worse) for row in rows for better, worse in row.pairs]
     written = []
@@ -55,7 +58,9 @@ def sample_rows(
                 "reward_chosen": judged[i].score_chosen, "reward_rejected": judged[i].score_rejected,
                 "along_chosen": chosen, "along_rejected": rejected,
             })  # fmt: skip
-    return written
+    path.unlink(missing_ok=True)
+    with disk_errors(path):
+        append_samples(path, written)
 
 
 @torch.no_grad()

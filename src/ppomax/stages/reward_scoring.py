@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ppomax.data.batches import prompt_batches, token_budget_batches
-from ppomax.models.load import load_tokenizer, same_vocabulary
+from ppomax.models.load import Compute, load_scalar_lm, load_tokenizer, same_vocabulary
 from ppomax.models.players import Scalar, at_end, response_mask
 from ppomax.models.trunk import with_states
 from ppomax.stages.inputs import RankedTokens
@@ -51,6 +51,13 @@ def score_rows(
         for i in members:
             scores[i] = [next(flat) for _ in rows[i].pairs]
     return scores
+
+
+def scores_by(
+    name: str, rows: Sequence[RankedTokens], compute: Compute, budget: int
+) -> list[list[tuple[float, float]]]:
+    """The scores of every pair by another trained reward model."""
+    return score_rows(Scalar(load_scalar_lm(name, compute), train_layers=None, trained=False), rows, None, budget)
 
 
 def groups_of(model: Scalar, rows: Sequence[RankedTokens], budget: int) -> list[list[int]]:
