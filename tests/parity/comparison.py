@@ -16,7 +16,7 @@ from parity.reference import AdamWSettings, Estimates, Response, Run, Settings, 
 from ppomax.config import CriticConfig, KLConfig, OptimConfig, PPOConfig, SamplingConfig, ScoreConfig
 from ppomax.data.batches import epoch_order
 from ppomax.models.embedded import embedded_directory
-from ppomax.rollout.collect import collect, iteration_prompts, response_texts
+from ppomax.rollout.collect import response_texts
 from ppomax.stages.estimate import estimate, seen
 from ppomax.stages.ppo_setup import Job
 from ppomax.stages.scoring import Microbatch, plan_minibatches, score
@@ -158,12 +158,7 @@ def flat(tensors: dict[str, Tensor]) -> Tensor:
 def _iteration(job: Job, run: Run, index: int) -> Iteration:
     """What `stages.ppo.train` does in one iteration, and then the reference on the same ids."""
     config, players = job.config, job.players
-    indices = iteration_prompts(len(job.prompts), job.prompts_per_iteration, index, config.seed)
-    rollout = collect(
-        players.policy, job.prompts, job.prompt_ids, indices, samples=config.samples_per_prompt, iteration=index,
-        seed=config.seed, limit=config.sampling.max_new_tokens, distribution=job.distribution, eos_ids=job.eos_ids,
-        max_rows=config.sampling.max_rows,
-    )  # fmt: skip
+    rollout = job.roll_out(index)
     plan = plan_minibatches(
         rollout, players, minibatch=config.minibatch, budget=config.compute.tokens_per_microbatch, seed=config.seed,
         iteration=index,

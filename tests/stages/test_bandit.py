@@ -29,7 +29,7 @@ from ppomax.config.ppo import ObjectiveConfig
 from ppomax.config.recipes import PPO_RECIPES
 from ppomax.models.load import load_tokenizer
 from ppomax.rl.shaping import Moments
-from ppomax.rollout.collect import collect, iteration_prompts, response_texts
+from ppomax.rollout.collect import response_texts
 from ppomax.stages.estimate import History, estimate
 from ppomax.stages.ppo import ppo
 from ppomax.stages.ppo_setup import Job
@@ -243,12 +243,7 @@ def reference_and_policy(job: Job, temperature: float = 1.0) -> tuple[Tensor, Te
 def one_iteration(job: Job, history: History, iteration: int) -> None:
     """The stage's own steps, but for the history, which stays what it is."""
     config, players = job.config, job.players
-    indices = iteration_prompts(len(job.prompts), job.prompts_per_iteration, iteration, config.seed)
-    rollout = collect(
-        players.policy, job.prompts, job.prompt_ids, indices, samples=config.samples_per_prompt, iteration=iteration,
-        seed=config.seed, limit=config.sampling.max_new_tokens, distribution=job.distribution, eos_ids=job.eos_ids,
-        max_rows=config.sampling.max_rows,
-    )  # fmt: skip
+    rollout = job.roll_out(iteration)
     plan = plan_minibatches(
         rollout, players, minibatch=config.minibatch, budget=config.compute.tokens_per_microbatch, seed=config.seed,
         iteration=iteration,

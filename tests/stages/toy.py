@@ -33,7 +33,7 @@ from ppomax.config import (
 from ppomax.config.recipes import PPO_RECIPES
 from ppomax.models.embedded import embedded_directory
 from ppomax.rewards.callables import RewardFunction
-from ppomax.rollout.collect import collect, iteration_prompts, response_texts
+from ppomax.rollout.collect import response_texts
 from ppomax.stages.estimate import History, estimate, seen
 from ppomax.stages.ppo import ppo
 from ppomax.stages.ppo_setup import Job, prepare
@@ -289,12 +289,7 @@ class FirstIteration:
 def first_iteration(job: Job) -> FirstIteration:
     """Iteration 0 by the stage's own steps; nothing is updated but the head of a critic that came from the reward."""
     config = job.config
-    indices = iteration_prompts(len(job.prompts), job.prompts_per_iteration, 0, config.seed)
-    rollout = collect(
-        job.players.policy, job.prompts, job.prompt_ids, indices, samples=config.samples_per_prompt, iteration=0,
-        seed=config.seed, limit=config.sampling.max_new_tokens, distribution=job.distribution, eos_ids=job.eos_ids,
-        max_rows=config.sampling.max_rows,
-    )  # fmt: skip
+    rollout = job.roll_out(0)
     texts = response_texts(job.players.tokenizer, rollout)
     plan = plan_minibatches(
         rollout, job.players, minibatch=config.minibatch, budget=config.compute.tokens_per_microbatch, seed=config.seed,

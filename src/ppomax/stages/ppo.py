@@ -8,7 +8,7 @@ from ppomax.config import PPOConfig
 from ppomax.models.load import export, export_scalar
 from ppomax.monitor.progress import progress
 from ppomax.rewards.callables import RewardFunction, function_name
-from ppomax.rollout.collect import collect, iteration_prompts, response_texts
+from ppomax.rollout.collect import response_texts
 from ppomax.stages.buffer import joined, reread
 from ppomax.stages.estimate import estimate, seen
 from ppomax.stages.ppo_log import Clock, metrics_row, note, raise_alarms, sample_rows
@@ -41,12 +41,7 @@ def train(run: Session, config: PPOConfig, reward: RewardFunction | None) -> dic
         for iteration in job.remaining():
             clock = Clock()
             with clock("generate"):
-                indices = iteration_prompts(len(job.prompts), job.prompts_per_iteration, iteration, config.seed)
-                rollout = collect(
-                    job.players.policy, job.prompts, job.prompt_ids, indices, samples=config.samples_per_prompt,
-                    iteration=iteration, seed=config.seed, limit=config.sampling.max_new_tokens,
-                    distribution=job.distribution, eos_ids=job.eos_ids, max_rows=config.sampling.max_rows,
-                )  # fmt: skip
+                rollout = job.roll_out(iteration)
                 texts = response_texts(job.players.tokenizer, rollout)
             with clock("score"):
                 plan = plan_minibatches(

@@ -23,7 +23,7 @@ from ppomax.rewards.model import RewardModel
 from ppomax.rl.convergence import has_converged
 from ppomax.rl.kl import adaptive_coefficient, penalty_coefficient
 from ppomax.rl.shaping import Moments
-from ppomax.rollout.collect import eos_token_ids, iteration_prompts, repeated
+from ppomax.rollout.collect import collect, eos_token_ids, iteration_prompts, repeated
 from ppomax.rollout.sampler import Distribution
 from ppomax.stages.buffer import from_tensors, tensors_of
 from ppomax.stages.estimate import History
@@ -40,7 +40,7 @@ from ppomax.stages.ppo_checks import PRETRAIN_WINDOW, expect_possible
 from ppomax.stages.session import Session
 from ppomax.stages.sft import adamw, schedule
 from ppomax.stages.update import Optimisers, Steering, schedule_position
-from ppomax.types import Prompt, ScoredRollouts, SetupError
+from ppomax.types import Prompt, Rollout, ScoredRollouts, SetupError
 
 SAMPLES_KEPT = 8
 
@@ -69,10 +69,19 @@ class Job:
         """Distinct prompts of one rollout batch."""
         return self.config.rollout_batch // self.config.samples_per_prompt
 
-    def rows_of(self, iteration: int) -> list[int]:
-        """Indices of an iteration's prompts, `samples_per_prompt` times each: a function of the iteration's number."""
-        indices = iteration_prompts(len(self.prompts), self.prompts_per_iteration, iteration, self.config.seed)
-        return repeated(indices, self.config.samples_per_prompt)[0]
+    def prompts_of(self, iteration: int) -> list[int]:
+        """Indices of an iteration's prompts: a function of the iteration's number."""
+        return iteration_prompts(len(self.prompts), self.prompts_per_iteration, iteration, self.config.seed)
+
+    def roll_out(self, iteration: int) -> Rollout:
+        """An iteration's responses, sampled from the policy as it is now."""
+        config = self.config
+        return collect(
+            self.players.policy, self.prompts, self.prompt_ids, self.prompts_of(iteration),
+            samples=config.samples_per_prompt, iteration=iteration, seed=config.seed,
+            limit=config.sampling.max_new_tokens, distribution=self.distribution, eos_ids=self.eos_ids,
+            max_rows=config.sampling.max_rows,
+        )  # fmt: skip
 
     @property
     def moments(self) -> Moments:
@@ -218,7 +227,7 @@ def _restore(job: Job, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) 
     job.seen, job.steering = History.from_dict(state["seen"]), Steering(**state["steering"])
     job.start = int(state["iteration"]) + 1
     for iteration in range(max(job.start - job.config.buffer + 1, 0), job.start):
-        rows = job.rows_of(iteration)
+        rows, _ = repeated(job.prompts_of(iteration), job.config.samples_per_prompt)
         prompts, ids = tuple(job.prompts[i] for i in rows), tuple(job.prompt_ids[i] for i in rows)
         job.kept.append(from_tensors(of("buffer/"), len(job.kept), prompts, ids))
 
