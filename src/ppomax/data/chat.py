@@ -5,6 +5,7 @@ Template text is tokenised once and brings its own special tokens; no second set
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +31,8 @@ ROLE_TAGS = (
     "{% endfor %}{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"
 )
 NAMED_TEMPLATES = {"chatml": CHATML, "role-tags": ROLE_TAGS}
+# Two of Unicode's noncharacters, which no text may hold, and a special token's number between them.
+_SPELLED = re.compile("\ufdd0(\\d+)\ufdd1")
 
 
 def chat_template(name_or_file: str) -> str:
@@ -94,7 +97,7 @@ def render_dialogue(
     without True (the first answer begins after the cut) means that there is nothing to learn.
     """
     if dialogue.text is not None:
-        ids = list(tokenizer(dialogue.text)["input_ids"])[:max_length]
+        ids = list(tokenizer(dialogue.text, split_special_tokens=True)["input_ids"])[:max_length]
         return ids, [True] * len(ids)
     answers = [i for i, message in enumerate(dialogue.messages) if message["role"] == "assistant"]
     if not answers:
@@ -158,8 +161,25 @@ def _expect_prefix(ids: list[int], prefix: list[int], tokenizer: PreTrainedToken
 
 
 def _template_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, cue: bool) -> list[int]:
-    # Special tokens are written by the template itself: adding the tokenizer's own would double the bos.
-    return list(tokenizer(_template_text(tokenizer, messages, cue=cue), add_special_tokens=False)["input_ids"])
+    """Ids of a rendered dialogue. A content that spells a special token gets the ids of its letters: data cannot end a
+    turn, nor begin one."""
+    special = sorted({token.content for token in tokenizer.added_tokens_decoder.values() if token.special})
+    spelled = [(f"\ufdd0{i}\ufdd1", token) for i, token in enumerate(special)]
+    marked = [Message(role=m["role"], content=_replaced(m["content"], spelled)) for m in messages]
+    # Text and the numbers of spelt-out tokens in turns.
+    pieces = _SPELLED.split(_template_text(tokenizer, marked, cue=cue))
+    ids: list[int] = []
+    for i, piece in enumerate(pieces):
+        text = piece if i % 2 == 0 else special[int(piece)]
+        # Special tokens are written by the template itself: adding the tokenizer's own would double the bos.
+        ids += tokenizer(text, add_special_tokens=False, split_special_tokens=i % 2 == 1)["input_ids"]
+    return ids
+
+
+def _replaced(text: str, replacements: Sequence[tuple[str, str]]) -> str:
+    for new, old in replacements:
+        text = text.replace(old, new)
+    return text
 
 
 def _template_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, cue: bool = False) -> str:
