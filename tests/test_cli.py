@@ -17,7 +17,7 @@ from ppomax.cli import main
 from ppomax.cli.parse import ABOUT, VERBS, parse
 from ppomax.config import ChatConfig, PPOConfig, RewardConfig, SFTConfig
 from ppomax.config.layers import plain
-from ppomax.config.recipes import PPO_RECIPES, REWARD_RECIPES
+from ppomax.config.recipes import PPO_RECIPES, REWARD_RECIPES, SFT_RECIPES
 from ppomax.errors import SetupError
 
 REWARDS = """
@@ -125,7 +125,7 @@ def test_help_of_a_verb_has_every_setting_and_run_flag(name: str, capsys: pytest
 
 def test_run_flags_stand_where_they_mean_something() -> None:
     assert {name for name, verb in VERBS.items() if "resume" in verb.flags} == {"sft", "reward", "ppo"}
-    assert {name for name, verb in VERBS.items() if "recipe" in verb.flags} == {"reward", "ppo"}
+    assert {name for name, verb in VERBS.items() if "recipe" in verb.flags} == {"sft", "reward", "ppo"}
     assert "fresh" in flags_of(VERBS["quickstart"].schema) and "fresh" not in VERBS["quickstart"].flags
 
 
@@ -175,7 +175,7 @@ def test_without_a_layer_the_schema_decides() -> None:
     assert parse("sft", ["--data", "x"]).config == SFTConfig(data=("x",))
 
 
-@pytest.mark.parametrize(("name", "recipes"), [("ppo", PPO_RECIPES), ("reward", REWARD_RECIPES)])
+@pytest.mark.parametrize(("name", "recipes"), [("ppo", PPO_RECIPES), ("reward", REWARD_RECIPES), ("sft", SFT_RECIPES)])
 def test_every_recipe_can_be_chosen(name: str, recipes: dict[str, Callable[[], BaseModel]]) -> None:
     for recipe, function in recipes.items():
         assert parse(name, ["--recipe", recipe]).config == function()
@@ -207,7 +207,7 @@ def test_resume_and_fresh_reach_the_stage() -> None:
 def test_recipes_lists_all_with_their_docstrings(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipes"]) == 0
     shown = capsys.readouterr().out.split()
-    for recipes in (PPO_RECIPES, REWARD_RECIPES):
+    for recipes in (PPO_RECIPES, REWARD_RECIPES, SFT_RECIPES):
         for name, function in recipes.items():
             assert name in shown
             assert set((function.__doc__ or "").split()) <= set(shown)
@@ -250,7 +250,7 @@ def test_recipes_diff_shows_what_differs_and_nothing_else(capsys: pytest.Capture
         ("ppo --iterations many", "invalid literal for int() with base 10: 'many'"),
         ("ppo --score.truncated cut", "('score', 'bootstrap')"),
         ("ppo --config", "Missing value for argument '--config'"),
-        ("sft --recipe vanilla", "Unrecognized options: --recipe"),
+        ("evaluate --recipe vanilla", "Unrecognized options: --recipe"),
         ("sft --model tiny", "error: --data: found nothing, expected dialogues to learn from"),
         ("sft --model tiny --data nothing.jsonl", "error: nothing.jsonl: no such file"),
         ("sft --model tiny --data broken.jsonl", "error: broken.jsonl"),
@@ -295,7 +295,7 @@ def test_a_wrong_file_is_named_with_the_key(
 def test_a_recipe_in_the_file_of_a_verb_without_recipes_is_unknown(here: Path) -> None:
     Path("c.yaml").write_text("recipe: vanilla")
     with pytest.raises(SetupError, match="unknown key 'recipe'"):
-        parse("sft", ["--config", "c.yaml"])
+        parse("evaluate", ["--config", "c.yaml"])
 
 
 # runs

@@ -27,12 +27,16 @@ class Message(TypedDict):
 
 @dataclass(frozen=True)
 class Prompt:
-    """A dialogue that ends with a user turn. `key` identifies its text whatever the order of rows."""
+    """A dialogue that ends with a user turn. `key` identifies its text whatever the order of rows.
+
+    weight: how often an epoch reads it.
+    """
 
     messages: tuple[Message, ...]
     key: str
     source: str = "default"
     columns: Mapping[str, Any] = field(default_factory=dict)
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Dialogue:
     key: str
     source: str = "default"
     text: str | None = None
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,7 @@ class Pair:
     key: str
     source: str = "default"
     gap: float | None = None
+    weight: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -47,8 +47,26 @@ def test_source_label(write: Callable[..., Path]) -> None:
     path = write(*ROWS)
     assert [row.source for row in iter_rows(f"{path}#source=harmless")] == ["harmless", "harmless"]
     assert [row.source for row in iter_rows(str(path))] == [None, None]
-    with pytest.raises(DataError, match="empty source, expected PATH#source=NAME"):
+    with pytest.raises(DataError, match="found the tag 'source=', expected PATH#source=NAME"):
         check_spec(f"{path}#source=")
+
+
+def test_a_weight_and_a_source_may_follow_a_path(write: Callable[..., Path]) -> None:
+    path = write({"prompt": "a"})
+    for tags, expected in {
+        "": (None, 1.0), "#weight=2": (None, 2.0), "#source=x&weight=0.5": ("x", 0.5), "#weight=1e1&source=a b": ("a b", 10.0),
+    }.items():  # fmt: skip
+        (row,) = iter_rows(f"{path}{tags}")
+        assert (row.source, row.weight) == expected
+    for wrong in ("0", "-1", "nan", "inf", "many"):
+        with pytest.raises(DataError, match=rf"found the weight '{wrong}', expected a number above 0"):
+            check_spec(f"{path}#weight={wrong}")
+    with pytest.raises(DataError, match="found the tag 'wieght=2', expected"):
+        check_spec(f"{path}#wieght=2")
+    # A file that is called so is that file.
+    odd = path.with_name("odd#weight=2.jsonl")
+    odd.write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
+    assert [row.weight for row in iter_rows(str(odd))] == [1.0]
 
 
 @pytest.mark.parametrize(

@@ -168,3 +168,48 @@ def test_a_score_that_is_no_number_names_line_and_field(write: Callable[..., Pat
     path = write(GOOD_PAIR, {**GOOD_PAIR, "score_chosen": value, "score_rejected": 0})
     with pytest.raises(DataError, match=r":2, `score_chosen`: found .*, expected a finite number"):
         read_pairs(str(path))
+
+
+def test_a_ranking_becomes_all_its_pairs(write: Callable[..., Path]) -> None:
+    texts = ["worst", "best", "middle", "middle too"]
+    ranks = {"prompt": "q", "responses": texts, "ranks": [3, 1, 2, 2]}
+    scores = {"prompt": "q", "responses": texts, "scores": [-1, 4, 1.5, 1.5]}
+    expected = [
+        ("best", "middle", 2.5), ("best", "middle too", 2.5), ("best", "worst", 5.0),
+        ("middle", "worst", 2.5), ("middle too", "worst", 2.5),
+    ]  # fmt: skip
+    by_scores, report = read_pairs(str(write(scores)))
+    assert [(pair.chosen, pair.rejected, pair.gap) for pair in by_scores] == expected
+    assert (report.read, report.kept) == (1, 1)
+    by_ranks, _ = read_pairs(str(write(ranks)))
+    assert [(pair.chosen, pair.rejected, pair.gap) for pair in by_ranks] == [(*pair[:2], None) for pair in expected]
+    assert {pair.key for pair in by_ranks} == {prompt_key([{"role": "user", "content": "q"}])}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "q", "responses": ["a", "b"], "ranks": [1]}, "found 2 `responses` and 1 `ranks`"),
+        ({"prompt": "q", "responses": "a", "ranks": [1]}, "`responses`: found str, expected a list"),
+        ({"prompt": "q", "responses": ["a", 2], "ranks": [1, 2]}, r"`responses`\[1\]: found int, expected a string"),
+        (
+            {"prompt": "q", "responses": ["a", "b"], "scores": [1, True]},
+            r"`scores`\[1\]: found True, expected a finite",
+        ),
+        ({"responses": ["a", "b"], "ranks": [1, 2]}, "found `responses` without `prompt`"),
+        ({"prompt": "q", "responses": ["a", "b"], "ranks": [1, 1]}, "no response is ranked above another"),
+        ({"prompt": "q", "responses": ["a", "a"], "ranks": [1, 2]}, "no response is ranked above another"),
+        ({"prompt": "q", "responses": ["a", " "], "ranks": [1, 2]}, "empty response"),
+        ({"prompt": " ", "responses": ["a", "b"], "ranks": [1, 2]}, "empty prompt"),
+    ],
+)
+def test_a_ranking_that_cannot_be_used(write: Callable[..., Path], row: dict, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        read_pairs(str(write(row)))
+
+
+def test_rows_carry_the_weight_of_their_file(write: Callable[..., Path]) -> None:
+    spec = f"{write(GOOD_PAIR)}#weight=3"
+    assert [
+        row.weight for rows in (read_pairs(spec)[0], read_prompts(spec)[0], read_dialogues(spec)[0]) for row in rows
+    ] == [3.0] * 3

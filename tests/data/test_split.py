@@ -4,12 +4,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ppomax.data.split import split_by_key
+from ppomax.data.split import by_weight, copies, split_by_key
 from ppomax.types import DataError, Pair
 
 
-def pair(key: str, chosen: str = "a") -> Pair:
-    return Pair(({"role": "user", "content": key},), chosen, "b", key)
+def pair(key: str, chosen: str = "a", source: str = "default", weight: float = 1.0) -> Pair:
+    return Pair(({"role": "user", "content": key},), chosen, "b", key, source, weight=weight)
 
 
 ROWS = [pair(f"{i % 200}", chosen=str(i)) for i in range(300)]
@@ -46,6 +46,60 @@ def test_a_count_is_exact_in_prompts() -> None:
     assert len({row.key for row in held}) == 37
 
 
+MIXED = [pair(f"{i % 150}", chosen=str(i), source="helpful" if i % 150 < 100 else "harmless") for i in range(400)]
+
+
+def held_prompts(heldout: float | int | dict[str, int], **options: str) -> tuple[int, int]:
+    """Held-out prompts of the helpful and of the harmless rows of MIXED."""
+    held = {(row.source, row.key) for row in split_by_key(MIXED, heldout, seed=1, **options)[1]}
+    return sum(s == "helpful" for s, _ in held), sum(s == "harmless" for s, _ in held)
+
+
+def test_a_count_is_shared_out_in_proportion_to_the_sources() -> None:
+    # Two thirds of the prompts are helpful.
+    assert [held_prompts(n) for n in (3, 30, 31, 32)] == [(2, 1), (20, 10), (21, 10), (21, 11)]
+
+
+def test_counts_by_source() -> None:
+    assert held_prompts({"helpful": 7, "harmless": 3}) == (7, 3)
+    assert held_prompts({"harmless": 50}) == (0, 50)
+
+
+def test_another_purpose_is_another_draw_of_the_same_size() -> None:
+    draws = [{row.key for row in split_by_key(MIXED, 40, 1, purpose=purpose)[1]} for purpose in ("", "test")]
+    assert draws[0] != draws[1] and len(draws[0]) == len(draws[1]) == 40
+    # Independent draws: what is left after the first is as likely as anything to be in the second.
+    rest, _ = split_by_key(MIXED, 0.5, 1, purpose="test")
+    assert 0.3 < len({row.key for row in split_by_key(rest, 0.5, 1)[1]}) / len({row.key for row in rest}) < 0.7
+
+
+def test_a_prompt_in_two_sources_has_one_side() -> None:
+    rows = [pair(str(i), source=source) for i in range(20) for source in ("b", "a")]
+    train, held = split_by_key(rows, 5, seed=0)
+    assert (len(train), len(held)) == (30, 10) and not {row.key for row in train} & {row.key for row in held}
+
+
+@given(st.permutations(range(60)))
+def test_trap_31_counts_by_source_do_not_depend_on_the_order(order: list[int]) -> None:
+    rows = [pair(str(i % 40), chosen=str(i), source="ab"[i % 2]) for i in range(60)]
+    for heldout in (9, {"a": 4, "b": 2}):
+        expected = {row.chosen for row in split_by_key(rows, heldout, 3)[1]}
+        assert {row.chosen for row in split_by_key([rows[i] for i in order], heldout, 3)[1]} == expected
+
+
+def test_weights_repeat_rows() -> None:
+    rows = [pair(str(i), weight=2.25) for i in range(1000)]
+    times = [copies(row.weight, 0, row.key) for row in rows]
+    assert set(times) == {2, 3}
+    # A thousand draws at 0.25: standard deviation 14.
+    assert 200 < times.count(3) < 300
+    assert len(by_weight(rows, 0)) == sum(times)
+    assert by_weight([pair("x"), pair("y", weight=3)], 0) == [pair("x"), *[pair("y", weight=3)] * 3]
+    half = [pair(str(i), weight=0.5) for i in range(1000)]
+    assert 400 < len(by_weight(half, 0)) < 600
+    assert by_weight(half, 0) != by_weight(half, 1)
+
+
 def test_the_seed_changes_the_split() -> None:
     assert split_by_key(ROWS, 40, seed=1)[1] != split_by_key(ROWS, 40, seed=2)[1]
 
@@ -58,6 +112,9 @@ def test_the_seed_changes_the_split() -> None:
         (0, "count: found 0, expected 1 to 199 of 200 prompts"),
         (200, "count: found 200, expected 1 to 199"),
         (1e-9, "leaves one side empty"),
+        ({"default": 0}, "leaves one side empty"),
+        ({"default": 201}, "held-out count of source 'default': found 201, expected 0 to 200"),
+        ({"helpful": 3}, "held-out source 'helpful': found no such rows, expected one of default"),
     ],
 )
 def test_impossible_sizes(heldout: float, message: str) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from monitor.conftest import HOSTILE, write_json, write_jsonl
 
 from ppomax.monitor.report import write_report
 from ppomax.types import DataError, SetupError
@@ -196,3 +197,23 @@ def test_a_corrupt_file_is_named(quickstart: Path) -> None:
     (quickstart / "summary.json").write_text('{"gold": ')
     with pytest.raises(DataError, match=r"summary\.json: malformed JSON"):
         _report(quickstart)
+
+
+def test_the_data_card_is_a_table_and_a_picture(tmp_path: Path) -> None:
+    histogram = {"edges": [0, 60, 120], "counts": [9, 3]}
+    tokens = {"total": 12345, "median": 40.0, "p95": 90.0, "longest": 120, "histogram": histogram}
+    card = {
+        "read": 1200, "kept": 12, "dropped": {f"bad {HOSTILE}": {"rows": 2, "first": "a.jsonl:3"}}, "changed": {},
+        "fitted": "3 cut", "share_a_heldout_prompt": 4, "prompts": 11, "repeated_rows": 1, "largest_prompt_group": 2,
+        "sources": {"helpful": {"rows": 12, "prompts": 11, "weights": [0.5]}},
+        "parts": {"learn": {"rows": 12, "prompts": 11, "tokens": tokens}},
+    }  # fmt: skip
+    write_json(tmp_path / "data.json", card)
+    write_jsonl(tmp_path / "metrics.jsonl", [{"step": i, "loss": 1.0} for i in range(3)])
+    page = write_report(tmp_path).read_text(encoding="utf-8")
+    assert HOSTILE not in page
+    for words in (
+        "1,200, of which 12 kept", "2 (first a.jsonl:3)", "3 cut", "prompt is held out too", "12 rows, 11 prompts, weight 0.5",
+        "12,345 tokens, median 40, 95% below 90, longest 120", "tokens of a sequence, prompt and answer",
+    ):  # fmt: skip
+        assert words in page, words

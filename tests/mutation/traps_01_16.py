@@ -161,8 +161,8 @@ MUTATIONS = [
     ),
     Mutation(
         9, "special tokens are added to the template's own", "data/chat.py",
-        "_template_text(tokenizer, messages, cue=cue), add_special_tokens=False)",
-        "_template_text(tokenizer, messages, cue=cue), add_special_tokens=True)",
+        "ids += tokenizer(text, add_special_tokens=False, ",
+        "ids += tokenizer(text, add_special_tokens=True, ",
         (f"{CHAT}::test_trap_09_a_tokenizer_that_adds_a_bos_does_not_double_it",),
     ),
     Mutation(

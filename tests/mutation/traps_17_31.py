@@ -261,19 +261,19 @@ MUTATIONS = [
     Mutation(
         31, "rows are split, not prompts", "data/split.py",
         "return [row for row in rows if row.key not in held], [row for row in rows if row.key in held]",
-        "part = round(len(rows) * len(held) / len(keys))\n    return list(rows[part:]), list(rows[:part])",
+        "part = round(len(rows) * len(held) / len(hashes))\n    return list(rows[part:]), list(rows[:part])",
         (f"{SPLIT}::test_trap_31_sides_share_no_key_lose_no_row_and_keep_the_order",),
     ),
     Mutation(
         31, "which prompts are held out depends on the order", "data/split.py",
-        "keys = sorted({row.key for row in rows}, key=lambda key: _hash(seed, key))",
-        "keys = list(dict.fromkeys(row.key for row in rows))",
+        "            keys.sort(key=lambda key: hashes[key])\n",
+        "            keys.sort(key=lambda key: 0)\n",
         (f"{SPLIT}::test_trap_31_a_prompt_keeps_its_side_whatever_the_order",),
     ),
     Mutation(
-        31, "prompts of a held-out file are learnt", "stages/reward.py",
-        "learn = [p for p in pairs if p.key not in shared]",
-        "learn = list(pairs) if shared else []",
+        31, "prompts of a held-out file are learnt", "stages/reward_data.py",
+        "learn = [pair for pair in pairs if pair.key not in keys]",
+        "learn = list(pairs) if keys else []",
         (f"{REWARD}::test_trap_31_no_prompt_is_both_learnt_and_held_out[True]",),
     ),
 ]  # fmt: skip

@@ -93,7 +93,8 @@ def test_trap_25_and_26_perplexity_and_kl_are_those_of_plain_transformers(
     summary = evaluate(config)
     tokenizer = load_tokenizer(improved)
     policy = Policy(load_causal_lm(improved, compute_of(FLOAT32)), train_layers=None, trained=False)
-    prompts, ids, _ = fitted_prompts(tokenizer, [toys.prompts], 512)
+    read = fitted_prompts(tokenizer, [toys.prompts], 512)
+    prompts, ids = read.prompts, read.ids
     answers = _answer(policy, tokenizer, prompts, ids, 2, config, lambda n: None)
     assert [row["after"] for row in rows_of(config)] == answers.texts
     plain, baseline = (AutoModelForCausalLM.from_pretrained(name) for name in (improved, trained.sft))

@@ -24,7 +24,7 @@ from ppomax.config import (
     SFTConfig,
 )
 from ppomax.config.layers import nearest, overlay, read_yaml
-from ppomax.config.recipes import PPO_RECIPES, REWARD_RECIPES, recipe_named
+from ppomax.config.recipes import PPO_RECIPES, REWARD_RECIPES, SFT_RECIPES, recipe_named
 from ppomax.errors import SetupError
 
 Recipes = Mapping[str, Callable[[], Schema]]
@@ -55,7 +55,7 @@ class RecipesArguments:
 
 
 VERBS = {
-    "sft": Verb(SFTConfig, flags=("config", "resume", "fresh")),
+    "sft": Verb(SFTConfig, SFT_RECIPES, ("config", "recipe", "resume", "fresh")),
     "reward": Verb(RewardConfig, REWARD_RECIPES, ("config", "recipe", "resume", "fresh")),
     "ppo": Verb(PPOConfig, PPO_RECIPES, ("config", "recipe", "resume", "fresh")),
     "evaluate": Verb(EvaluateConfig, flags=("config", "fresh")),

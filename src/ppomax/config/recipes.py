@@ -10,13 +10,14 @@ from typing import TypeVar
 
 from ppomax.config.layers import nearest
 from ppomax.config.ppo import CriticConfig, KLConfig, ObjectiveConfig, PPOConfig, ScoreConfig
-from ppomax.config.schema import ModelConfig, OptimConfig, RewardConfig, SamplingConfig
+from ppomax.config.schema import ModelConfig, OptimConfig, RewardConfig, SamplingConfig, SFTConfig
 from ppomax.errors import SetupError
 
 C = TypeVar("C")
 
 PPO_RECIPES: dict[str, Callable[[], PPOConfig]] = {}
 REWARD_RECIPES: dict[str, Callable[[], RewardConfig]] = {}
+SFT_RECIPES: dict[str, Callable[[], SFTConfig]] = {}
 
 
 def _ppo(function: Callable[[], PPOConfig]) -> Callable[[], PPOConfig]:
@@ -26,6 +27,11 @@ def _ppo(function: Callable[[], PPOConfig]) -> Callable[[], PPOConfig]:
 
 def _reward(function: Callable[[], RewardConfig]) -> Callable[[], RewardConfig]:
     REWARD_RECIPES[function.__name__.removeprefix("reward_").replace("_", "-")] = function
+    return function
+
+
+def _sft(function: Callable[[], SFTConfig]) -> Callable[[], SFTConfig]:
+    SFT_RECIPES[function.__name__.removeprefix("sft_").replace("_", "-")] = function
     return function
 
 
@@ -138,11 +144,12 @@ def paper_7b_zh() -> PPOConfig:
     return ppo_max().model_copy(update=_PAPER_7B)
 
 
+_COMPUTE_7B = ModelConfig(dtype="bfloat16", gradient_checkpointing=True)
 _PAPER_7B: dict[str, object] = {
     "iterations": 2_500,  # four optimiser steps each: 10,000
     "max_prompt_tokens": 1024,
     "sampling": SamplingConfig(max_new_tokens=512),
-    "compute": ModelConfig(dtype="bfloat16", gradient_checkpointing=True),
+    "compute": _COMPUTE_7B,
 }
 
 
@@ -160,6 +167,55 @@ def reward_paper() -> RewardConfig:
 def reward_instructgpt() -> RewardConfig:
     """Ranking loss alone (β_rm = 0), as InstructGPT and CPM."""
     return RewardConfig(lm_weight=None)
+
+
+@_reward
+def reward_paper_7b_en() -> RewardConfig:
+    """The paper's English reward model: 1000 steps of about 170 pairs (160k pairs, 1.06 epochs), lr 5e-6. Of HH-RLHF,
+    tagged #source=helpful and #source=harmless, a test of 700 + 300 prompts and 7.5k more to watch."""
+    return _reward_7b(tokens_per_batch=80_000, test={"helpful": 700, "harmless": 300}, heldout=7_500)
+
+
+@_reward
+def reward_paper_7b_zh() -> RewardConfig:
+    """The paper's Chinese reward model: as paper-7b-en on 30k pairs, a test of 2,400 + 600 prompts, 4,600 + 1,400 to
+    watch. The steps are one epoch: the paper's 1000 would be five or more."""
+    return _reward_7b(
+        tokens_per_batch=80_000, max_steps=None, test={"helpful": 2_400, "harmless": 600},
+        heldout={"helpful": 4_600, "harmless": 1_400},
+    )  # fmt: skip
+
+
+def _reward_7b(**settings: object) -> RewardConfig:
+    # 4 to 128 pairs are the paper's bounds for each of its eight processes.
+    return RewardConfig(
+        **{
+            "max_steps": 1_000,
+            "min_prompts": 32,
+            "max_prompts": 1_024,
+            "eval_every": 100,
+            "compute": _COMPUTE_7B,
+            **settings,
+        }  # type: ignore[arg-type]
+    )
+
+
+@_sft
+def sft_paper() -> SFTConfig:
+    """The paper's fine-tuning: two epochs, lr 9.5e-6, cosine to a tenth of it; batches of 16 for small data."""
+    return SFTConfig()
+
+
+@_sft
+def sft_paper_7b_en() -> SFTConfig:
+    """The paper's scale: a million dialogues, 1,024 a step, gradient checkpointing; dialogues of up to 2,048 tokens."""
+    return SFTConfig(batch_size=1_024, max_length=2_048, heldout=1_000, eval_every=100, compute=_COMPUTE_7B)
+
+
+@_sft
+def sft_paper_7b_zh() -> SFTConfig:
+    """As paper-7b-en; what differs is the data and the model (OpenChineseLLaMA)."""
+    return sft_paper_7b_en()
 
 
 def recipe_named(name: str, recipes: Mapping[str, Callable[[], C]]) -> C:

@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 
 class Schema(BaseModel):
     """A frozen configuration that refuses unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+def _possible_size(size: int | float | dict[str, int]) -> int | float | dict[str, int]:
+    smallest = min(size.values(), default=0) if isinstance(size, dict) else size
+    if smallest < 0:
+        raise ValueError("expected 0 or more")
+    if isinstance(size, float) and size >= 1:
+        raise ValueError("expected a share below 1; a number of prompts is a whole number")
+    return size
+
+
+Size = Annotated[int | float | dict[str, int], AfterValidator(_possible_size)]
+_SIZE = "A share of the prompts, a number of prompts, or a number for each source (helpful 700 harmless 300); 0: none."
 
 
 class ModelConfig(Schema):
@@ -77,9 +90,7 @@ class SFTConfig(Schema):
     data: tuple[str, ...] = Field(
         default=(), description="Dialogues: JSONL(.gz), Parquet or hub names; FILE#source=NAME tags."
     )
-    heldout: float = Field(
-        default=0.05, ge=0, lt=1, description="Share of the dialogues, split by prompt, kept for evaluation."
-    )
+    heldout: Size = Field(default=0.05, description=f"Dialogues, by prompt, that are kept for evaluation. {_SIZE}")
     epochs: float = Field(default=2, gt=0, description="Passes over the training rows.")
     batch_size: int = Field(default=16, ge=1, description="Dialogues per optimiser step.")
     max_length: int = Field(
@@ -100,10 +111,13 @@ class RewardConfig(Schema):
     data: tuple[str, ...] = Field(
         default=(), description="Pairs: JSONL(.gz), Parquet or hub names; FILE#source=NAME tags."
     )
-    heldout: float = Field(
-        default=0.1, ge=0, lt=1, description="Share of the pairs, split by prompt, kept for evaluation."
+    heldout: Size = Field(default=0.1, description=f"Pairs, by prompt, that are watched in training. {_SIZE}")
+    heldout_data: tuple[str, ...] = Field(default=(), description="Held-out pairs of their own instead.")
+    test: Size = Field(
+        default=0,
+        description="Pairs, by prompt, that are looked at once, at the end: the summary is then of them. Sizes as for"
+        " heldout.",
     )
-    heldout_data: tuple[str, ...] = Field(default=(), description="Held-out pairs of their own instead of a share.")
     epochs: float = Field(default=1, gt=0, description="Passes over the training pairs.")
     max_steps: int | None = Field(default=None, ge=1, description="Stop after N optimiser steps; None: by epochs.")
     tokens_per_batch: int = Field(

@@ -1,13 +1,15 @@
 """Opening data: a spec string in, rows with their place in the file out.
 
 A spec is a local file (`.jsonl`, `.jsonl.gz`, `.json` holding a list, `.parquet`) or a hub dataset
-`owner/name[:split]`, optionally followed by `#source=NAME`, which labels every row that comes from it.
+`owner/name[:split]`, optionally followed by tags: `#source=NAME` labels every row that comes from it, `#weight=W` says
+how often an epoch reads each (`#source=NAME&weight=W` does both).
 """
 
 from __future__ import annotations
 
 import gzip
 import json
+import math
 import re
 import zlib
 from collections.abc import Iterator
@@ -20,21 +22,23 @@ from ppomax.types import DataError, SetupError
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.+-]+(\[[\d:%-]*\])?)?")
 # A dot before a digit is a version, as in `owner/name-2.5`, not the extension of a file.
 _EXTENSION = re.compile(r"\.[A-Za-z]\w{0,7}$")
+_TAGS = re.compile(r"#(\w+=[^#]*)$")
 _FORMATS = ".jsonl, .jsonl.gz, .json (holding a list) or .parquet"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One JSON object with its place (`file:line`) and the source label of its spec, if that has one."""
+    """One JSON object with its place (`file:line`), and the source label (if there is one) and weight of its spec."""
 
     fields: dict[str, Any]
     place: str
     source: str | None
+    weight: float = 1.0
 
 
 def check_spec(spec: str) -> None:
     """Raise DataError unless `spec` names an existing local file of a known format or looks like a hub dataset."""
-    name, _ = _split_spec(spec)
+    name, _, _ = _split_spec(spec)
     path = Path(name)
     if not name:
         raise DataError(f"{spec!r}: no file named, expected a local file ({_FORMATS}) or owner/name[:split]")
@@ -53,7 +57,7 @@ def check_spec(spec: str) -> None:
 def iter_rows(spec: str) -> Iterator[Row]:
     """Stream the rows of one spec, each with its `file:line` (items of lists and tables count from 1)."""
     check_spec(spec)
-    name, source = _split_spec(spec)
+    name, source, weight = _split_spec(spec)
     path = Path(name)
     if not path.exists():
         rows = _hub_rows(name)
@@ -63,16 +67,31 @@ def iter_rows(spec: str) -> Iterator[Row]:
         place = f"{name}:{number}"
         if not isinstance(value, dict):
             raise DataError(f'{place}: found {_json_type(value)}, expected a JSON object such as {{"prompt": ...}}')
-        yield Row(value, place, source)
+        yield Row(value, place, source, weight)
 
 
-def _split_spec(spec: str) -> tuple[str, str | None]:
-    name, tag, source = spec.rpartition("#source=")
-    if not tag:
-        return spec, None
-    if not source:
-        raise DataError(f"{spec}: found an empty source, expected PATH#source=NAME")
-    return name, source
+def _split_spec(spec: str) -> tuple[str, str | None, float]:
+    """Name, source and weight of a spec."""
+    found = _TAGS.search(spec)
+    if found is None or Path(spec).exists():
+        return spec, None, 1.0
+    tags: dict[str, str] = {}
+    for tag in found[1].split("&"):
+        key, _, value = tag.partition("=")
+        if key not in ("source", "weight") or not value:
+            raise DataError(f"{spec}: found the tag {tag!r}, expected PATH#source=NAME, PATH#weight=W, or both with &")
+        tags[key] = value
+    return spec[: found.start()], tags.get("source"), _weight(tags.get("weight", "1"), spec)
+
+
+def _weight(text: str, spec: str) -> float:
+    try:
+        weight = float(text)
+    except ValueError:
+        weight = math.nan
+    if not (math.isfinite(weight) and weight > 0):
+        raise DataError(f"{spec}: found the weight {text!r}, expected a number above 0 (2: twice an epoch, 0.5: half)")
+    return weight
 
 
 def _looks_local(name: str) -> bool:

@@ -7,7 +7,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ppomax.data import schemas
 from ppomax.data.files import Row, check_spec, iter_rows
@@ -52,14 +52,14 @@ def read_prompts(specs: str | Sequence[str]) -> tuple[list[Prompt], ReadReport]:
     Columns that do not make the prompt are kept in `Prompt.columns`, for rewards that need them.
     """
 
-    def convert(row: Row) -> tuple[Prompt, tuple[str, ...]]:
+    def convert(row: Row) -> tuple[list[Prompt], tuple[str, ...]]:
         found = schemas.prompt_of(schemas.present(row), row.place)
         if found is None:
             raise schemas.missing_field(row, schemas.PROMPT_SCHEMAS)
         messages, used, notes = found
         schemas.check_prompt(messages)
         columns = {key: value for key, value in row.fields.items() if key not in used and key != "source"}
-        return Prompt(messages, prompt_key(messages), _source(row), columns), notes
+        return [Prompt(messages, prompt_key(messages), _source(row), columns, row.weight)], notes
 
     return _read(specs, convert)
 
@@ -67,11 +67,11 @@ def read_prompts(specs: str | Sequence[str]) -> tuple[list[Prompt], ReadReport]:
 def read_dialogues(specs: str | Sequence[str]) -> tuple[list[Dialogue], ReadReport]:
     """Read dialogues whose assistant turns are to be learnt, or plain `text`; of a pair, the chosen side."""
 
-    def convert(row: Row) -> tuple[Dialogue, tuple[str, ...]]:
+    def convert(row: Row) -> tuple[list[Dialogue], tuple[str, ...]]:
         fields = schemas.present(row)
         messages = schemas.dialogue_of(fields, row.place)
         if messages is None:
-            return _plain_text(row), ()
+            return [_plain_text(row)], ()
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if not answers:
             raise schemas.Unusable("no assistant turn")
@@ -80,16 +80,19 @@ def read_dialogues(specs: str | Sequence[str]) -> tuple[list[Dialogue], ReadRepo
         messages = messages[: answers[-1] + 1]
         schemas.check_prompt(messages[:-1])
         schemas.check_text(messages[-1]["content"])
-        return Dialogue(messages, prompt_key(messages[:-1]), _source(row)), ()
+        return [Dialogue(messages, prompt_key(messages[:-1]), _source(row), weight=row.weight)], ()
 
     return _read(specs, convert)
 
 
 def read_pairs(specs: str | Sequence[str]) -> tuple[list[Pair], ReadReport]:
-    """Read preference pairs: HH-RLHF text, or `chosen` and `rejected` with or without a `prompt` of their own."""
+    """Read preference pairs: HH-RLHF text, `chosen` and `rejected` with or without a `prompt` of their own, or a
+    ranking of several responses, which becomes all its pairs (InstructGPT)."""
 
-    def convert(row: Row) -> tuple[Pair, tuple[str, ...]]:
+    def convert(row: Row) -> tuple[list[Pair], tuple[str, ...]]:
         fields = schemas.present(row)
+        if schemas.is_ranking(fields):
+            return ranked(row, fields), ()
         if not schemas.is_pair(fields):
             raise schemas.missing_field(row, schemas.PAIR_SCHEMAS)
         pair = schemas.preference_of(fields, row.place)
@@ -101,19 +104,25 @@ def read_pairs(specs: str | Sequence[str]) -> tuple[list[Pair], ReadReport]:
             raise schemas.Unusable("chosen == rejected")
         schemas.check_text(pair.chosen, pair.rejected)
         key, gap = prompt_key(pair.prompt), schemas.score_gap(fields, row.place)
-        return Pair(pair.prompt, pair.chosen, pair.rejected, key, _source(row), gap), pair.notes
+        return [Pair(pair.prompt, pair.chosen, pair.rejected, key, _source(row), gap, row.weight)], pair.notes
+
+    def ranked(row: Row, fields: Mapping[str, Any]) -> list[Pair]:
+        prompt, pairs = schemas.ranking_of(fields, row.place)
+        schemas.check_prompt(prompt)
+        key = prompt_key(prompt)
+        return [Pair(prompt, better, worse, key, _source(row), gap, row.weight) for better, worse, gap in pairs]
 
     return _read(specs, convert)
 
 
 def _read(
-    specs: str | Sequence[str], convert: Callable[[Row], tuple[T, tuple[str, ...]]]
+    specs: str | Sequence[str], convert: Callable[[Row], tuple[list[T], tuple[str, ...]]]
 ) -> tuple[list[T], ReadReport]:
     specs = [specs] if isinstance(specs, str) else list(specs)
     for spec in specs:
         check_spec(spec)
     kept: list[T] = []
-    read = 0
+    read = used = 0
     dropped: Counter[str] = Counter()
     noted: Counter[str] = Counter()
     first: dict[str, str] = {}
@@ -121,16 +130,17 @@ def _read(
         for row in iter_rows(spec):
             read += 1
             try:
-                value, notes = convert(row)
+                values, notes = convert(row)
             except schemas.Unusable as reason:
                 dropped[str(reason)] += 1
                 first.setdefault(str(reason), row.place)
                 continue
-            kept.append(value)
+            used += 1
+            kept += values
             for note in notes:
                 noted[note] += 1
                 first.setdefault(note, row.place)
-    report = ReadReport(read, len(kept), dict(dropped), dict(noted), first)
+    report = ReadReport(read, used, dict(dropped), dict(noted), first)
     if not kept:
         raise DataError(f"{', '.join(specs) or 'no data given'}: no usable row is left: {report}")
     return kept, report
@@ -145,7 +155,7 @@ def _plain_text(row: Row) -> Dialogue:
     if not text.strip():
         raise schemas.Unusable("empty text")
     schemas.check_text(text)
-    return Dialogue((), _digest(text.strip()), _source(row), text)
+    return Dialogue((), _digest(text.strip()), _source(row), text, row.weight)
 
 
 def _source(row: Row) -> str:

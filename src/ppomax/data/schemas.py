@@ -19,6 +19,7 @@ PAIR_SCHEMAS = (
     "`chosen` and `rejected` as HH-RLHF text (\\n\\nHuman: ... \\n\\nAssistant: ...)",
     "`prompt`, `chosen`, `rejected` (strings or message lists)",
     "`chosen` and `rejected` as message lists with the prompt inside",
+    "`prompt`, `responses` (a list) and `ranks` (1 is best) or `scores` (higher is better)",
 )
 PROMPT_SCHEMAS = ("`prompt`", "`messages`", "`instruction` (+ `input`)", "`chosen` and `rejected`")
 DIALOGUE_SCHEMAS = (
@@ -75,13 +76,44 @@ def score_gap(fields: Mapping[str, Any], place: str) -> float | None:
         return None
     scores = []
     for name in ("score_chosen", "score_rejected"):
-        value = fields[name]
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise DataError(f"{place}, `{name}`: found {value!r}, expected a finite number")
-        scores.append(float(value))
+        scores.append(_finite(fields[name], f"{place}, `{name}`"))
     if scores[0] < scores[1]:
         raise Unusable("score_chosen less than score_rejected")
     return scores[0] - scores[1]
+
+
+def is_ranking(fields: Mapping[str, Any]) -> bool:
+    """Whether the row ranks several responses to one prompt."""
+    return "responses" in fields and ("ranks" in fields or "scores" in fields)
+
+
+def ranking_of(fields: Mapping[str, Any], place: str) -> tuple[Messages, list[tuple[str, str, float | None]]]:
+    """The prompt of a ranking and its pairs (better, worse, score gap; None for ranks); equal ranks make no pair."""
+    if "prompt" not in fields:
+        raise DataError(f"{place}: found `responses` without `prompt`, expected both")
+    by = "scores" if "scores" in fields else "ranks"
+    responses, values = fields["responses"], fields[by]
+    for name, value in (("responses", responses), (by, values)):
+        if not isinstance(value, list):
+            raise DataError(f"{place}, `{name}`: found {type(value).__name__}, expected a list")
+    if len(responses) != len(values):
+        raise DataError(f"{place}: found {len(responses)} `responses` and {len(values)} `{by}`, expected as many")
+    texts = [_text(text, f"{place}, `responses`[{i}]").strip() for i, text in enumerate(responses)]
+    sign = 1 if by == "scores" else -1
+    goodness = [sign * _finite(value, f"{place}, `{by}`[{i}]") for i, value in enumerate(values)]
+    if not all(texts):
+        raise Unusable("empty response")
+    check_text(*texts)
+    order = sorted(range(len(texts)), key=lambda i: -goodness[i])
+    pairs = [
+        (texts[a], texts[b], goodness[a] - goodness[b] if by == "scores" else None)
+        for at, a in enumerate(order)
+        for b in order[at + 1 :]
+        if goodness[a] > goodness[b] and texts[a] != texts[b]
+    ]
+    if not pairs:
+        raise Unusable("no response is ranked above another")
+    return _turns(fields["prompt"], "user", f"{place}, `prompt`"), pairs
 
 
 def dialogue_of(fields: Mapping[str, Any], place: str) -> Messages | None:
@@ -238,6 +270,12 @@ def _message_list(value: Any, where: str) -> Messages:
             raise DataError(f"{where}[{i}].role: found {item['role']!r}, expected one of {', '.join(ROLES)}")
         messages.append(Message(role=item["role"], content=_text(item["content"], f"{where}[{i}].content")))
     return tuple(m for m in messages if m["role"] != "system" or m["content"].strip())
+
+
+def _finite(value: Any, where: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise DataError(f"{where}: found {value!r}, expected a finite number")
+    return float(value)
 
 
 def _text(value: Any, where: str) -> str:

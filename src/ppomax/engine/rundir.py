@@ -32,6 +32,7 @@ _COMPLETE = ".complete"
 _README = """This directory is one run of `ppomax {verb}`.
 
 config.yaml      every setting of the run, defaults included
+data.json        what was read, what was dropped and why, sources, lengths, repetitions, splits
 metrics.jsonl    one JSON object per line: the measurements, in order; all plots are drawn from it
 samples.jsonl    texts that the model wrote along the way, one JSON object per line
 events.out.*     the same measurements for TensorBoard
@@ -61,6 +62,11 @@ class Run:
     def config(self) -> Path:
         """Every setting, YAML."""
         return self.path / "config.yaml"
+
+    @property
+    def data(self) -> Path:
+        """The data card: what was read, dropped, split."""
+        return self.path / "data.json"
 
     @property
     def metrics(self) -> Path:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ppomax.monitor.card import length_picture
 from ppomax.monitor.plots import (
     Line,
     Panel,
@@ -41,13 +42,22 @@ def pictures_of(run: RunFiles) -> list[Picture]:
         "ppo": _ppo_pictures,
     }
     maker = makers.get(run.stage)
-    return [picture for picture in maker(run) if picture.svg] if maker else []
+    return [picture for picture in [*maker(run), _length_picture(run)] if picture.svg] if maker else []
 
 
 def positions(rows: Rows, key: str) -> list[float]:
     """The x axis: the rows' own `key`, or their number where they lack it."""
     values = series(rows, key)
     return [i + 1.0 if math.isnan(value) else value for i, value in enumerate(values)]
+
+
+def _length_picture(run: RunFiles) -> Picture:
+    return Picture(
+        "Lengths",
+        length_picture(run.data, unit="a prompt" if run.stage == "ppo" else "a sequence, prompt and answer"),
+        "How many tokens the rows have that are learnt from (for PPO: the prompts).",
+        "A pile at the right end: many rows are cut or shortened by the length limit.",
+    )
 
 
 def _sft_pictures(run: RunFiles) -> list[Picture]:

@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from ppomax.monitor.card import card_rows
 from ppomax.monitor.pictures import Picture, pictures_of
 from ppomax.monitor.plots import AMBER, BLUE, GREEN, GREY, PURPLE, RED, share_bars
 from ppomax.monitor.run_files import RunFiles, config_value, last_finite, number, read_run_tree, series
@@ -65,6 +66,7 @@ class Chapter:
     fitness: tuple[str, tuple[str, ...]] | None
     training_samples: tuple[TrainingSample, ...]
     ranked_pairs: tuple[RankedPair, ...]
+    data: tuple[tuple[str, str], ...]
     metrics: tuple[MetricRange, ...]
     config: str
 
@@ -123,6 +125,7 @@ def _chapter(run: RunFiles) -> Chapter:
         fitness=_fitness(run),
         ranked_pairs=tuple(ranked_pairs(run.samples) if run.stage == "reward" else ()),
         training_samples=tuple(training_samples(run.samples) if run.stage == "ppo" else ()),
+        data=tuple(card_rows(run.data)),
         metrics=tuple(_metric_ranges(run.metrics)),
         config=run.config.strip(),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ class RunFiles:
     metrics: tuple[Mapping[str, Any], ...]
     samples: tuple[Mapping[str, Any], ...]
     summary: Mapping[str, Any]
+    data: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def is_empty(self) -> bool:
@@ -35,11 +36,12 @@ class RunFiles:
 
 
 def read_run(path: Path, stage: str | None = None) -> RunFiles:
-    """Reads config.yaml, metrics.jsonl, samples.jsonl and summary.json of one directory; missing ones are empty."""
+    """Reads config.yaml, metrics.jsonl, samples.jsonl, summary.json and data.json of one directory; missing ones are
+    empty."""
     metrics, samples = (_rows(path / name) for name in ("metrics.jsonl", "samples.jsonl"))
-    summary = _summary(path / "summary.json")
+    summary, data = (_object(path / name) for name in ("summary.json", "data.json"))
     config = (path / "config.yaml").read_text(encoding="utf-8") if (path / "config.yaml").is_file() else ""
-    return RunFiles(path, stage or _guess_stage(metrics, samples, summary), config, metrics, samples, summary)
+    return RunFiles(path, stage or _guess_stage(metrics, samples, summary), config, metrics, samples, summary, data)
 
 
 def read_run_tree(path: Path) -> tuple[RunFiles, dict[str, RunFiles]]:
@@ -94,16 +96,16 @@ def _rows(path: Path) -> tuple[dict[str, Any], ...]:
     return tuple(read_metrics(path)) if path.is_file() else ()
 
 
-def _summary(path: Path) -> dict[str, Any]:
+def _object(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{path}: malformed JSON ({error}), expected one object; delete it or run again") from error
-    if not isinstance(summary, dict):
-        raise DataError(f"{path}: found {type(summary).__name__}, expected a JSON object")
-    return summary
+    if not isinstance(found, dict):
+        raise DataError(f"{path}: found {type(found).__name__}, expected a JSON object")
+    return found
 
 
 def _guess_stage(

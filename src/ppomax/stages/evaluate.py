@@ -66,10 +66,10 @@ def _evaluate(run: Run, config: EvaluateConfig) -> dict[str, Any]:
             "the same; compare models that share a tokenizer"
         )
     specs = required(config.prompts, "prompts", "held-out prompts")
-    prompts, ids, report = fitted_prompts(tokenizer, specs, config.max_prompt_tokens)
-    rows = _first_of_each(prompts, config.max_prompts)
-    prompts, ids = [prompts[i] for i in rows], [ids[i] for i in rows]
-    print(f"evaluate: {report}; {len(prompts)} prompts × {config.samples_per_prompt} samples a system")
+    read = fitted_prompts(tokenizer, specs, config.max_prompt_tokens)
+    rows = _first_of_each(read.prompts, config.max_prompts)
+    prompts, ids = [read.prompts[i] for i in rows], [read.ids[i] for i in rows]
+    print(f"evaluate: {read}; {len(prompts)} prompts × {config.samples_per_prompt} samples a system")
     policy = Policy(load_causal_lm(config.policy, compute), train_layers=None, trained=False)
     baseline = Policy(load_causal_lm(config.baseline, compute), train_layers=None, trained=False)
     longest = max(map(len, ids)) + config.sampling.max_new_tokens

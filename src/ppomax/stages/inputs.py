@@ -10,7 +10,7 @@ from typing import Any
 
 from ppomax.config import ModelConfig
 from ppomax.data.chat import fit_prompt, render_dialogue, render_prompt, render_response
-from ppomax.data.readers import read_prompts
+from ppomax.data.readers import ReadReport, read_prompts
 from ppomax.engine.checkpoint import file_hash
 from ppomax.models.load import Compute, model_directory, resolve_compute
 from ppomax.types import DataError, Dialogue, Message, Pair, Prompt, SetupError
@@ -34,6 +34,8 @@ class RankedTokens:
     source: str
     gaps: tuple[float | None, ...] = ()
     messages: tuple[Message, ...] = ()
+    key: str = ""
+    weight: float = 1.0
 
     def __len__(self) -> int:
         return sum(len(self.prompt) + len(response) for response in self.responses)
@@ -43,6 +45,19 @@ class RankedTokens:
         """The responses that are preferred to another and lose to none."""
         winners, losers = ({pair[side] for pair in self.pairs} for side in (0, 1))
         return sorted(winners - losers) or sorted(winners)
+
+
+@dataclass(frozen=True)
+class PromptRows:
+    """Prompts and their ids, what was read, and a sentence about what was dropped and shortened."""
+
+    prompts: list[Prompt]
+    ids: list[tuple[int, ...]]
+    report: ReadReport
+    fitted: str
+
+    def __str__(self) -> str:
+        return f"{self.report}; {self.fitted}"
 
 
 def required(specs: Sequence[str], flag: str, expected: str) -> list[str]:
@@ -81,7 +96,7 @@ def ranked_tokens(tokenizer: Any, pairs: Sequence[Pair], max_length: int) -> tup
     grouped: dict[
         tuple[str, tuple[int, ...]], tuple[dict[tuple[int, ...], int], dict[tuple[int, int], float | None]]
     ] = {}
-    messages: dict[tuple[int, ...], tuple[Message, ...]] = {}
+    first: dict[tuple[str, tuple[int, ...]], tuple[tuple[Message, ...], Pair]] = {}
     left_out = shortened = repeated = 0
     for pair in pairs:
         sides = [tuple(render_response(tokenizer, text)) for text in (pair.chosen, pair.rejected)]
@@ -92,14 +107,17 @@ def ranked_tokens(tokenizer: Any, pairs: Sequence[Pair], max_length: int) -> tup
             continue
         shortened += len(fitted) < len(pair.prompt)
         prompt = tuple(render_prompt(tokenizer, fitted))
-        messages[prompt] = tuple(fitted)
+        first.setdefault((pair.source, prompt), (tuple(fitted), pair))
         responses, order = grouped.setdefault((pair.source, prompt), ({}, {}))
         better, worse = (responses.setdefault(side, len(responses)) for side in sides)
         repeated += (better, worse) in order
         order[better, worse] = pair.gap
     rows = [
-        RankedTokens(prompt, tuple(responses), tuple(order), source, tuple(order.values()), messages[prompt])
+        RankedTokens(
+            prompt, tuple(responses), tuple(order), source, tuple(order.values()), messages, pair.key, pair.weight
+        )
         for (source, prompt), (responses, order) in grouped.items()
+        for messages, pair in [first[source, prompt]]
     ]
     if not rows:
         raise DataError(f"none of {len(pairs)} pairs fits into {max_length} tokens; raise max_length")
@@ -107,10 +125,8 @@ def ranked_tokens(tokenizer: Any, pairs: Sequence[Pair], max_length: int) -> tup
     return rows, report + (f", {repeated} repeated pairs dropped" if repeated else "")
 
 
-def fitted_prompts(
-    tokenizer: Any, specs: Sequence[str], max_tokens: int
-) -> tuple[list[Prompt], list[tuple[int, ...]], str]:
-    """Prompts that fit, their ids, and what was read, dropped and shortened."""
+def fitted_prompts(tokenizer: Any, specs: Sequence[str], max_tokens: int) -> PromptRows:
+    """Prompts of at most `max_tokens` ids, whole or without their oldest turns."""
     prompts, report = read_prompts(list(specs))
     kept: list[Prompt] = []
     ids: list[tuple[int, ...]] = []
@@ -125,7 +141,8 @@ def fitted_prompts(
     if not kept:
         raise DataError(f"none of {len(prompts)} prompts fits into {max_tokens} tokens; raise max_prompt_tokens")
     dropped = len(prompts) - len(kept)
-    return kept, ids, f"{report}; {dropped} longer than {max_tokens} tokens dropped, {shortened} lost old turns"
+    fitted = f"{dropped} longer than {max_tokens} tokens dropped, {shortened} lost old turns"
+    return PromptRows(kept, ids, report, fitted)
 
 
 def weights_hash(name: str) -> str:

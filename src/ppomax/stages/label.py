@@ -32,7 +32,8 @@ def label(
     answers hardly ever loop, so that without it the reward model never learns what the judge thinks of that.
     """
     tokenizer = load_tokenizer(policy, compute.chat_template)
-    rows, ids, report = fitted_prompts(tokenizer, prompts, 512)
+    read = fitted_prompts(tokenizer, prompts, 512)
+    rows, ids = read.prompts, read.ids
     model = Policy(load_causal_lm(policy, compute_of(compute)), train_layers=None, trained=False)
     context_limit(model.model, max(map(len, ids)) + sampling.max_new_tokens, "longest prompt + response")
     with progress("label", len(rows) * samples, unit="responses") as advance:
@@ -67,7 +68,7 @@ def label(
         "responses": len(texts) + len(loops),
         "pairs": len(lines),
         "judge_mean": sum(scores) / len(scores),
-        "read": report,
+        "read": str(read),
     }
     write_json_atomic(out.with_suffix(".json"), counts)
     return counts

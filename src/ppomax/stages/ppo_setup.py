@@ -11,7 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from ppomax.config import PPOConfig
+from ppomax.data.card import Part, data_card
 from ppomax.data.readers import read_dialogues
+from ppomax.data.split import by_weight, copies
 from ppomax.engine.averaging import MovingAverage
 from ppomax.engine.durable import disk_errors
 from ppomax.engine.optimiser import Optimiser
@@ -40,7 +42,7 @@ from ppomax.stages.ppo_checks import PRETRAIN_WINDOW, expect_possible
 from ppomax.stages.session import Session
 from ppomax.stages.sft import adamw, schedule
 from ppomax.stages.update import Optimisers, Steering, schedule_position
-from ppomax.types import Prompt, Rollout, ScoredRollouts, SetupError
+from ppomax.types import DataError, Prompt, Rollout, ScoredRollouts, SetupError
 
 SAMPLES_KEPT = 8
 
@@ -177,7 +179,11 @@ def prepare(run: Session, config: PPOConfig, reward: RewardFunction | None) -> J
     judge = load_function(config.judge) if config.judge else None
     specs = required(config.prompts, "prompts", "prompts to answer")
     tokenizer = load_tokenizer(config.policy, config.compute.chat_template)
-    prompts, prompt_ids, report = fitted_prompts(tokenizer, specs, config.max_prompt_tokens)
+    read = fitted_prompts(tokenizer, specs, config.max_prompt_tokens)
+    order = [i for i, prompt in enumerate(read.prompts) for _ in range(copies(prompt.weight, config.seed, prompt.key))]
+    prompts, prompt_ids = [read.prompts[i] for i in order], [read.ids[i] for i in order]
+    if not prompts:
+        raise DataError("prompts: the weights of the files leave none; give larger ones")
     ptx, ptx_report = _read_ptx(tokenizer, config)
     players = load_players(config, compute, tokenizer, reward)
     longest = max(map(len, prompt_ids)) + config.sampling.max_new_tokens
@@ -191,8 +197,9 @@ def prepare(run: Session, config: PPOConfig, reward: RewardFunction | None) -> J
         eos_ids=eos_token_ids(players.policy.model, tokenizer), steering=Steering.start(config),
         kept=deque(maxlen=config.buffer - 1),
     )  # fmt: skip
-    _print_plan(run, job, report, ptx_report)
+    _print_plan(run, job, str(read), ptx_report)
     run.rehearse(_state_bytes(optimisers))
+    run.describe(data_card(read.report, {"prompts": Part(read.prompts, [*map(len, read.ids)])}, fitted=read.fitted))
     models = [term.reward.name for term in players.terms if isinstance(term.reward, RewardModel)]
     restored = run.restore(frozen=[config.policy, *([config.reference] if config.reference else []), *models])
     if restored is not None:
@@ -254,6 +261,7 @@ def _read_ptx(tokenizer: Any, config: PPOConfig) -> tuple[list[Tokens], str]:
     if not config.ptx_data:
         return [], "off"
     dialogues, report = read_dialogues(list(config.ptx_data))
+    dialogues = by_weight(dialogues, config.seed)
     rows, cut = dialogue_tokens(tokenizer, dialogues, config.max_prompt_tokens + config.sampling.max_new_tokens)
     return rows, f"{config.ptx_weight:g} × LM loss on {config.ptx_batch or config.minibatch} of {report}; {cut}"
 

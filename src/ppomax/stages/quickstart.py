@@ -37,7 +37,7 @@ from ppomax.stages.sft import sft
 DATA = files("ppomax.data") / "quickstart"
 SAMPLING = SamplingConfig(max_new_tokens=40, temperature=0.75, max_rows=256)
 TIE = 0.05
-SAMPLES = 6
+SAMPLES = 8
 # One answer that repeats itself for every other prompt: PPO finds loops of kind words otherwise.
 LOOP_EVERY = 2
 # The first judge counts wins; the last one labels the pairs and is logged.
@@ -99,7 +99,7 @@ def stage_configs(config: QuickstartConfig) -> dict[str, Any]:
         "ppo": PPOConfig(
             run_dir=at / "ppo", policy=str(at / "sft" / "final"), reward=(str(at / "reward" / "final"),),
             prompts=(_data("prompts"),), ptx_data=(_data("dialogues"),), ptx_weight=0.05, ptx_batch=4,
-            iterations=12, rollout_batch=64, samples_per_prompt=4, minibatch=16, max_prompt_tokens=160,
+            iterations=13, rollout_batch=64, samples_per_prompt=4, minibatch=16, max_prompt_tokens=160,
             gae_lambda=0.95, sampling=SAMPLING, kl=KLConfig(coefficient=0.05),
             critic=CriticConfig(pretrain_iterations=2, optim=OptimConfig(lr=3e-4)),
             optim=OptimConfig(lr=1.5e-4), judge=_judges(config)[-1], seed=config.seed, compute=compute,

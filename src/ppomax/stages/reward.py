@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from ppomax.config import RewardConfig
 from ppomax.data.batches import balanced_batches
-from ppomax.data.readers import read_pairs
-from ppomax.data.split import split_by_key
 from ppomax.engine.optimiser import Optimiser, learning_rate
 from ppomax.models.load import (
     Compute,
@@ -28,12 +26,13 @@ from ppomax.monitor.log import without_nan
 from ppomax.monitor.progress import progress
 from ppomax.rl.objectives import nll_loss
 from ppomax.rl.preference import ranking_accuracy, ranking_loss
-from ppomax.stages.inputs import RankedTokens, compute_of, context_limit, ranked_tokens, required
+from ppomax.stages.inputs import RankedTokens, compute_of, context_limit
+from ppomax.stages.reward_data import reward_rows
 from ppomax.stages.reward_report import heldout_summary, judged_pairs, write_samples
 from ppomax.stages.reward_scoring import expect_comparable, groups_of, picked, score_pairs, score_rows, scores_by
 from ppomax.stages.session import Session, session
 from ppomax.stages.sft import adamw, rate, schedule
-from ppomax.types import DataError, Pair, SetupError
+from ppomax.types import DataError, SetupError
 
 
 def reward(config: RewardConfig, *, resume: bool = False, fresh: bool = False) -> dict[str, Any]:
@@ -50,11 +49,10 @@ def _train(run: Session, config: RewardConfig) -> dict[str, Any]:
         raise SetupError(
             f"max_prompts: found {config.max_prompts}, expected at least min_prompts = {config.min_prompts}"
         )
-    learn, held, report = _pairs(config)
     tokenizer = load_tokenizer(config.model, config.compute.chat_template)
     expect_comparable(config.compare, config.model, tokenizer)
-    rows, cut = ranked_tokens(tokenizer, learn, config.max_length)
-    heldout = ranked_tokens(tokenizer, held, config.max_length)[0] if held else []
+    data = reward_rows(config, tokenizer)
+    rows, heldout = data.learn, data.heldout
     if config.margin is not None and any(gap is None for row in rows for gap in row.gaps):
         raise DataError(
             "margin: found pairs without `score_chosen` and `score_rejected`, expected both in every row; leave it None"
@@ -62,17 +60,17 @@ def _train(run: Session, config: RewardConfig) -> dict[str, Any]:
     first = _epoch(rows, config, 0)
     steps = config.max_steps or max(1, round(config.epochs * len(first)))
     model = reward_player(config.model, compute, config, trained=True)
-    longest = max(len(row.prompt) + max(map(len, row.responses)) for row in rows)
-    context_limit(model.model, longest, "longest prompt + response")
+    context_limit(model.model, data.longest, "longest prompt + response")
     optimiser = Optimiser(model.trained_parameters(), **adamw(config.optim))
     size = optimiser.bytes()
     pairs = [sum(len(rows[i].pairs) for i in batch) for batch in first]
     run.plan(
         f"reward: {config.model} → {run.run.final}",
         {
-            "data": f"{report}; {cut}",
-            "pairs": f"{sum(pairs)} of {len(rows)} prompts to learn, {sum(len(r.pairs) for r in heldout)} of "
-            f"{len(heldout)} held out; {min(pairs)}–{max(pairs)} pairs a step by tokens",
+            "data": data.report,
+            "pairs": f"{sum(pairs)} of {len(rows)} prompts to learn, {_count(heldout)} held out"
+            + (f", {_count(data.test)} for the test" if data.test else "")
+            + f"; {min(pairs)}–{max(pairs)} pairs a step by tokens",
             "steps": f"{steps} ({steps / len(first):.2f} epochs of {len(first)})",
             "loss": f"{config.ranking_weight:g} × ranking + {config.lm_weight or 0:g} × LM on the preferred response"
             + (f", margin {config.margin:g} × score gap" if config.margin else "")
@@ -82,13 +80,14 @@ def _train(run: Session, config: RewardConfig) -> dict[str, Any]:
         },
     )
     run.rehearse(size)
+    run.describe(data.card)
     restored = run.restore(frozen=[config.model])
     start = 0
     if restored is not None:
         optimiser.load_state_tensors(restored[0])
         start = int(restored[1]["step"]) + 1
-    repeated = steps > len(first)  # states that are read once are not worth keeping
-    states = _states(model, rows, config.compute.tokens_per_microbatch) if repeated else None
+    # States that are read once are not worth keeping.
+    states = _states(model, rows, config.compute.tokens_per_microbatch) if steps > len(first) else None
     held_states = _states(model, heldout, config.compute.tokens_per_microbatch)
     batches = _batches(rows, config, steps)
     with progress("reward", steps, done=start) as advance:
@@ -109,15 +108,16 @@ def _train(run: Session, config: RewardConfig) -> dict[str, Any]:
             run.append(row)
             advance(note=f"loss {row['ranking_loss']:.3f}, accuracy {row['accuracy']:.2f}")
             run.checkpoint(step, step == steps - 1, lambda: (optimiser.state_tensors(), {}))
-    summary = {"prompts": len(rows), "pairs": sum(len(row.pairs) for row in rows), "steps": steps}
-    if heldout:
+    summary: dict[str, Any] = {"prompts": len(rows), "pairs": sum(len(row.pairs) for row in rows), "steps": steps}
+    if data.judged:
         budget = config.compute.tokens_per_microbatch
-        scores = score_rows(model, heldout, held_states, budget)
-        other = (
-            None if config.compare is None else (config.compare, scores_by(config.compare, heldout, compute, budget))
-        )
-        summary |= without_nan(heldout_summary(heldout, scores, other))
-        write_samples(run.run.samples, model, heldout, scores, tokenizer, step=steps - 1)
+        scores = score_rows(model, data.judged, None if data.test else held_states, budget)
+        theirs = None
+        if config.compare is not None:
+            theirs = (config.compare, scores_by(config.compare, data.judged, compute, budget))
+        summary |= {"judged_on": "test" if data.test else "heldout"}
+        summary |= without_nan(heldout_summary(data.judged, scores, theirs))
+        write_samples(run.run.samples, model, data.judged, scores, tokenizer, step=steps - 1)
     return run.finish(lambda folder: export_scalar(model.model, tokenizer, folder), summary)
 
 
@@ -134,25 +134,8 @@ def reward_player(name: str, compute: Compute, config: RewardConfig, *, trained:
     )  # fmt: skip
 
 
-def _pairs(config: RewardConfig) -> tuple[list[Pair], list[Pair], str]:
-    pairs, report = read_pairs(required(config.data, "data", "preference pairs"))
-    if config.heldout_data:
-        held, held_report = read_pairs(list(config.heldout_data))
-        shared = {p.key for p in held}
-        learn = [p for p in pairs if p.key not in shared]
-        if not learn:
-            raise DataError(
-                f"data: each of the {len(pairs)} pairs shares its prompt with heldout_data, so none is left to learn; "
-                "give other held-out pairs"
-            )
-        return (
-            learn,
-            held,
-            f"{report}; held out: {held_report}; {len(pairs) - len(learn)} pairs share a held-out prompt",
-        )
-    if not config.heldout:
-        return pairs, [], str(report)
-    return *split_by_key(pairs, config.heldout, config.seed), str(report)
+def _count(rows: Sequence[RankedTokens]) -> str:
+    return f"{sum(len(row.pairs) for row in rows)} of {len(rows)}"
 
 
 def _epoch(rows: Sequence[RankedTokens], config: RewardConfig, epoch: int) -> list[list[int]]:

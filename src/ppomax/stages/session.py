@@ -58,6 +58,10 @@ class Session:
         for name, fact in facts.items():
             self.console.print(f"  {name:<12} {fact}", markup=False, soft_wrap=True)
 
+    def describe(self, card: Mapping[str, Any]) -> None:
+        """Write data.json, the data card."""
+        write_json_atomic(self.run.data, card)
+
     def rehearse(self, bytes_needed: int) -> None:
         """Dry-run the save: a disk that cannot hold the checkpoints is found before step 1."""
         dry_run(self.run.checkpoints, bytes_needed)

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ppomax.config import SFTConfig
 from ppomax.data.batches import epoch_order
+from ppomax.data.card import Part, data_card
 from ppomax.data.readers import read_dialogues
-from ppomax.data.split import split_by_key
+from ppomax.data.split import by_weight, split_by_key
 from ppomax.engine.optimiser import Optimiser, learning_rate
 from ppomax.models.load import export, load_causal_lm, load_tokenizer
 from ppomax.models.players import Policy
@@ -37,7 +38,7 @@ def _train(run: Session, config: SFTConfig) -> dict[str, Any]:
     dialogues, report = read_dialogues(required(config.data, "data", "dialogues to learn from"))
     tokenizer = load_tokenizer(config.model, config.compute.chat_template)
     learn, held = split_by_key(dialogues, config.heldout, config.seed) if config.heldout else (dialogues, [])
-    rows, cut = dialogue_tokens(tokenizer, learn, config.max_length)
+    rows, cut = dialogue_tokens(tokenizer, by_weight(learn, config.seed), config.max_length)
     heldout = dialogue_tokens(tokenizer, held, config.max_length)[0] if held else []
     per_epoch = -(-len(rows) // config.batch_size)
     steps = max(1, round(per_epoch * config.epochs))
@@ -59,14 +60,16 @@ def _train(run: Session, config: SFTConfig) -> dict[str, Any]:
         },
     )
     run.rehearse(size)
+    parts = {"learn": Part(learn, _lengths(rows)), "heldout": Part(held, _lengths(heldout))}
+    run.describe(data_card(report, parts, fitted=cut))
     restored = run.restore(frozen=[config.model])
     start = 0
     if restored is not None:
         optimiser.load_state_tensors(restored[0])
         start = int(restored[1]["step"]) + 1
     budget = config.compute.tokens_per_microbatch
-    repeated = steps > per_epoch  # states that are read once are not worth keeping
-    states = trunk_states(policy, *_split(rows), budget=budget) if repeated else None
+    # States that are read once are not worth keeping.
+    states = trunk_states(policy, *_split(rows), budget=budget) if steps > per_epoch else None
     with progress("sft", steps, done=start) as advance:
         for step in range(start, steps):
             epoch, within = divmod(step, per_epoch)
@@ -123,6 +126,10 @@ def mean_nll(policy: Policy, rows: Sequence[Tokens], budget: int) -> float:
 def microbatches(policy: Policy, rows: Sequence[Tokens], budget: int) -> list[list[Tokens]]:
     """Rows of similar length under a token budget."""
     return [[rows[i] for i in group] for group in policy.microbatches(*_split(rows), budget=budget)]
+
+
+def _lengths(rows: Sequence[Tokens]) -> list[int]:
+    return [len(row.ids) for row in rows]
 
 
 def _split(rows: Sequence[Tokens]) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
