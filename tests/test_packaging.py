@@ -60,7 +60,7 @@ def test_the_installed_version_is_this_one() -> None:
 def test_every_import_is_declared() -> None:
     """A third-party module that src/ imports belongs to a distribution that pyproject.toml asks for."""
     owners = metadata.packages_distributions()
-    declared = set(requirements(["quickstart", "hub", "tensorboard"]))
+    declared = set(requirements(["quickstart", "hub", "lora", "tensorboard"]))
     undeclared = {}
     for path in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

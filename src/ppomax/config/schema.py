@@ -37,10 +37,18 @@ class ModelConfig(Schema):
     device: str = Field(default="auto", description="auto, cpu, cuda, cuda:0, mps.")
     train_layers: int | None = Field(
         default=None,
-        ge=1,
+        ge=0,
         description="Train only the uppermost N decoder layers and the final norm. The layers below and the"
-        " embeddings stay frozen, shared by all players and computed once for them. None: train everything.",
+        " embeddings stay frozen, shared by all players and computed once for them. None: train everything; 0 (reward"
+        " model only): the score head alone.",
     )
+    lora_rank: int | None = Field(
+        default=None,
+        ge=1,
+        description="Train low-rank adapters in the decoder layers (the uppermost train_layers, if given) instead of"
+        " their weights; merged in final/, alone in final/adapter. None: off.",
+    )
+    lora_alpha: float = Field(default=16, gt=0, description="Adapters count alpha / rank times.")
     gradient_checkpointing: bool = Field(
         default=False, description="Recompute activations in the backward pass: less memory, a third more compute."
     )

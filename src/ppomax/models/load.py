@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 from ppomax.data.chat import prepare_tokenizer
 from ppomax.models.attention import attention_for
 from ppomax.models.embedded import embedded_directory
+from ppomax.models.lora import ADAPTER, has_adapters, merged_state, save_adapter
 from ppomax.types import SetupError
 
 # What reading a directory of somebody else's may raise.
@@ -132,8 +133,12 @@ def scalar_head(model: nn.Module) -> nn.Linear:
 
 
 def export(model: nn.Module, tokenizer: Any, folder: Path) -> None:
-    """Write model and tokenizer in the Hugging Face layout, safetensors only."""
-    model.save_pretrained(folder, safe_serialization=True)  # type: ignore[operator]
+    """Write model and tokenizer in the Hugging Face layout, safetensors only; adapters are merged."""
+    if has_adapters(model):
+        model.save_pretrained(folder, state_dict=merged_state(model), safe_serialization=True)  # type: ignore[operator]
+        save_adapter(model, folder / ADAPTER)
+    else:
+        model.save_pretrained(folder, safe_serialization=True)  # type: ignore[operator]
     tokenizer.save_pretrained(folder)
 
 

@@ -20,6 +20,7 @@ from ppomax.models.attention import packed_states, packing_is_exact
 from ppomax.models.layers import lower_view, split_is_exact, upper_view
 from ppomax.models.load import scalar_head
 from ppomax.models.logprobs import Unembedded, token_entropy, token_kl, token_logprobs, token_statistics
+from ppomax.models.lora import Lora, add_adapters
 from ppomax.types import SetupError, TokenBatch
 
 
@@ -38,11 +39,12 @@ class TokenScores:
 
 
 class Player(nn.Module):
-    """A decoder stack, of which only the uppermost `train_layers` are trained if that is given."""
+    """A decoder stack, of which only the uppermost `train_layers` are trained if that is given; `lora`: by adapters."""
 
     def __init__(
-        self, model: nn.Module, *, train_layers: int | None, trained: bool, checkpointing: bool = False
-    ) -> None:
+        self, model: nn.Module, *, train_layers: int | None, trained: bool, checkpointing: bool = False,
+        lora: Lora | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.model = model
         self.base: Any = getattr(model, model.base_model_prefix)  # type: ignore[arg-type]
@@ -50,23 +52,27 @@ class Player(nn.Module):
         model.requires_grad_(False)
         if train_layers is not None:
             count = len(getattr(self.base, "layers", ()))
-            if count and not 1 <= train_layers <= count:
-                raise SetupError(f"train_layers: found {train_layers}, expected 1 to {count} (the model's layers)")
+            if count and not 0 <= train_layers <= count:
+                raise SetupError(f"train_layers: found {train_layers}, expected 0 to {count} (the model's layers)")
             if not split_is_exact(self.base, count - train_layers):
                 raise SetupError(f"train_layers: {type(model).__name__} cannot be split into layers; leave it None")
         self.packs = packing_is_exact(self.base)
         if trained:
-            self._unfreeze()
+            self._unfreeze(lora)
         if checkpointing and trained:
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
             model.train()  # transformers recomputes in train mode only; dropout is 0 in every layer, see below
             _zero_dropout(model)
 
-    def _unfreeze(self) -> None:
-        if self.train_layers is None:
+    def _unfreeze(self, lora: Lora | None) -> None:
+        count = len(getattr(self.base, "layers", ()))
+        first = 0 if self.train_layers is None else count - self.train_layers
+        if lora is not None and first < count:
+            add_adapters(self.model, self.base, lora, first_layer=first)
+        elif self.train_layers is None:
             self.model.requires_grad_(True)
-        else:
-            self.base.layers[-self.train_layers :].requires_grad_(True)
+        elif self.train_layers > 0:
+            self.base.layers[first:].requires_grad_(True)
             self.base.norm.requires_grad_(True)
 
     def trunk(self, batch: TokenBatch) -> Tensor:
@@ -109,9 +115,12 @@ class Policy(Player):
     """Policy or reference: log-probs of given tokens."""
 
     def __init__(
-        self, model: nn.Module, *, train_layers: int | None, trained: bool, checkpointing: bool = False
-    ) -> None:
-        super().__init__(model, train_layers=train_layers, trained=trained, checkpointing=checkpointing)
+        self, model: nn.Module, *, train_layers: int | None, trained: bool, checkpointing: bool = False,
+        lora: Lora | None = None,
+    ) -> None:  # fmt: skip
+        if trained and train_layers == 0:
+            raise SetupError("train_layers: found 0, which leaves a causal LM nothing to train; expected 1 or more")
+        super().__init__(model, train_layers=train_layers, trained=trained, checkpointing=checkpointing, lora=lora)
         if not head_is_linear(model, self.base):
             raise SetupError(f"{type(model).__name__} changes its logits after the unembedding; this is not supported")
 
@@ -178,9 +187,9 @@ class Scalar(Player):
 
     def __init__(
         self, model: nn.Module, *, train_layers: int | None, trained: bool, checkpointing: bool = False,
-        unembedding: nn.Linear | None = None,
+        lora: Lora | None = None, unembedding: nn.Linear | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(model, train_layers=train_layers, trained=trained, checkpointing=checkpointing)
+        super().__init__(model, train_layers=train_layers, trained=trained, checkpointing=checkpointing, lora=lora)
         self.head = scalar_head(model)
         self.head.requires_grad_(trained)
         self.unembedding = unembedding

@@ -14,7 +14,7 @@ def card_rows(card: Mapping[str, Any]) -> list[tuple[str, str]]:
     """(what, how many) of a data card, in words; empty for an empty card."""
     if not card:
         return []
-    rows = [("rows read", f"{card['read']:,}, of which {card['kept']:,} kept")]
+    rows: list[tuple[str, str]] = [("rows read", f"{card['read']:,}, of which {card['kept']:,} kept")]
     for verb in ("dropped", "changed"):
         for reason, found in card[verb].items():
             rows.append((f"{verb}: {reason}", f"{found['rows']:,} (first {found['first']})"))
@@ -24,7 +24,7 @@ def card_rows(card: Mapping[str, Any]) -> list[tuple[str, str]]:
     groups = f"{card['prompts']:,}, at most {card['largest_prompt_group']:,} rows with the same"
     rows += [("different prompts", groups), ("rows that repeat another", f"{card['repeated_rows']:,}")]
     rows += [(f"source {name}", _source(found)) for name, found in card["sources"].items()]
-    rows += [(_PARTS.get(name, name), _part(found)) for name, found in card["parts"].items()]
+    rows += [(_PARTS.get(name) or name, _part(found)) for name, found in card["parts"].items()]
     return rows
 
 

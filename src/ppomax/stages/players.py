@@ -13,6 +13,7 @@ from ppomax.models.share import share_trunk
 from ppomax.rewards.callables import RewardFunction, function_name, load_function
 from ppomax.rewards.mixture import Term, is_function, parse_terms
 from ppomax.rewards.model import RewardModel
+from ppomax.stages.inputs import training_of
 from ppomax.types import SetupError, TokenBatch
 
 
@@ -44,10 +45,7 @@ def load_players(config: PPOConfig, compute: Compute, tokenizer: Any, reward: Re
         config.reward, tokenizer, compute, config.compute
     )  # fmt: skip
     critic = _load_critic(config, config.critic.init, compute, tokenizer, terms) if config.critic.init else None
-    policy = Policy(
-        load_causal_lm(config.policy, compute), train_layers=layers, trained=True,
-        checkpointing=config.compute.gradient_checkpointing,
-    )  # fmt: skip
+    policy = Policy(load_causal_lm(config.policy, compute), trained=True, **training_of(config.compute, config.seed))
     frozen = config.reference or config.policy
     if frozen != config.policy and not same_vocabulary(load_tokenizer(frozen), tokenizer):
         raise SetupError(f"reference: {frozen} has another vocabulary than the policy {config.policy}")
@@ -103,10 +101,7 @@ def _load_critic(config: PPOConfig, init: str, compute: Compute, tokenizer: Any,
         if not same_vocabulary(load_tokenizer(name), tokenizer):
             raise SetupError(f"critic.init: {name} has another vocabulary than the policy; use --critic.init policy")
     model = load_scalar_lm(name, compute, fresh_head_seed=seed)
-    return Scalar(
-        model, train_layers=config.compute.train_layers, trained=True,
-        checkpointing=config.compute.gradient_checkpointing,
-    )  # fmt: skip
+    return Scalar(model, trained=True, **training_of(config.compute, config.seed))
 
 
 def _short(spec: str, terms: list[Term]) -> str:

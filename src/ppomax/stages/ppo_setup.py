@@ -36,6 +36,7 @@ from ppomax.stages.inputs import (
     dialogue_tokens,
     fitted_prompts,
     required,
+    trained_of,
 )
 from ppomax.stages.players import Players, load_players
 from ppomax.stages.ppo_checks import PRETRAIN_WINDOW, expect_possible
@@ -290,6 +291,7 @@ def _print_plan(run: Session, job: Job, report: str, ptx_report: str) -> None:
             "policy": schedule(config.optim, policy_steps),
             "critic": "none" if players.critic is None else schedule(config.critic.optim, policy_steps),
             "ptx": ptx_report,
+            "trained": trained_of(players.policy),
             "compute": f"{players.compute.device}, {str(players.compute.dtype)[6:]}, vocabulary {vocabulary:,}, "
             f"sequences up to {longest} tokens",
             "memory": f"weights {_gib(weights)}, masters and moments {_gib(states)}, checkpoint {_gib(states)}",

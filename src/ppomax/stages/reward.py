@@ -26,7 +26,7 @@ from ppomax.monitor.log import without_nan
 from ppomax.monitor.progress import progress
 from ppomax.rl.objectives import nll_loss
 from ppomax.rl.preference import ranking_accuracy, ranking_loss
-from ppomax.stages.inputs import RankedTokens, compute_of, context_limit
+from ppomax.stages.inputs import RankedTokens, compute_of, context_limit, trained_of, training_of
 from ppomax.stages.reward_data import reward_rows
 from ppomax.stages.reward_report import heldout_summary, judged_pairs, write_samples
 from ppomax.stages.reward_scoring import expect_comparable, groups_of, picked, score_pairs, score_rows, scores_by
@@ -76,6 +76,7 @@ def _train(run: Session, config: RewardConfig) -> dict[str, Any]:
             + (f", margin {config.margin:g} × score gap" if config.margin else "")
             + (f", label smoothing {config.label_smoothing:g}" if config.label_smoothing else ""),
             "schedule": schedule(config.optim, steps),
+            "trained": trained_of(model),
             "compute": f"{compute.device}, {str(compute.dtype)[6:]}; checkpoints of {size / 2**30:.2f} GiB",
         },
     )
@@ -128,10 +129,7 @@ def reward_player(name: str, compute: Compute, config: RewardConfig, *, trained:
     if config.lm_weight is not None and not model.config.tie_word_embeddings:  # type: ignore[union-attr]
         head = load_causal_lm(name, compute).get_output_embeddings()  # type: ignore[operator]
         unembedding = copy.deepcopy(head).requires_grad_(False)  # not part of the exported model
-    return Scalar(
-        model, train_layers=config.compute.train_layers, trained=trained, unembedding=unembedding,
-        checkpointing=config.compute.gradient_checkpointing,
-    )  # fmt: skip
+    return Scalar(model, trained=trained, unembedding=unembedding, **training_of(config.compute, config.seed))
 
 
 def _count(rows: Sequence[RankedTokens]) -> str:

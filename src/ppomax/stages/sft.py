@@ -20,7 +20,7 @@ from ppomax.models.players import Policy
 from ppomax.models.trunk import trunk_states, with_states
 from ppomax.monitor.progress import progress
 from ppomax.rl.objectives import nll_loss
-from ppomax.stages.inputs import Tokens, compute_of, context_limit, dialogue_tokens, required
+from ppomax.stages.inputs import Tokens, compute_of, context_limit, dialogue_tokens, required, trained_of, training_of
 from ppomax.stages.session import Session, session
 from ppomax.types import TokenBatch, token_batch
 
@@ -42,10 +42,7 @@ def _train(run: Session, config: SFTConfig) -> dict[str, Any]:
     heldout = dialogue_tokens(tokenizer, held, config.max_length)[0] if held else []
     per_epoch = -(-len(rows) // config.batch_size)
     steps = max(1, round(per_epoch * config.epochs))
-    policy = Policy(
-        load_causal_lm(config.model, compute), train_layers=config.compute.train_layers, trained=True,
-        checkpointing=config.compute.gradient_checkpointing,
-    )  # fmt: skip
+    policy = Policy(load_causal_lm(config.model, compute), trained=True, **training_of(config.compute, config.seed))
     context_limit(policy.model, max(len(row.ids) for row in rows), "longest dialogue")
     optimiser = Optimiser(policy.trained_parameters(), **adamw(config.optim))
     size = optimiser.bytes()
@@ -56,6 +53,7 @@ def _train(run: Session, config: SFTConfig) -> dict[str, Any]:
             "rows": f"{len(rows)} to learn ({sum(sum(r.mask) for r in rows):,} answer tokens), {len(heldout)} held out",
             "steps": f"{steps} = {config.epochs:g} epochs × {per_epoch} of {config.batch_size} dialogues",
             "schedule": schedule(config.optim, steps),
+            "trained": trained_of(policy),
             "compute": f"{compute.device}, {str(compute.dtype)[6:]}; checkpoints of {size / 2**30:.2f} GiB",
         },
     )

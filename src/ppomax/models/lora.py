@@ -1,0 +1,91 @@
+"""Low-rank adapters (Hu et al., 2021) instead of trained weights, by PEFT; merged into the weights for an export."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ppomax.types import SetupError
+
+ADAPTER = "adapter"
+
+
+@dataclass(frozen=True)
+class Lora:
+    """y = Wx + (alpha / rank)·B·A·x with A [rank, in] and B [out, rank] trained, W frozen; B starts at 0.
+
+    seed: keys A's start.
+    """
+
+    rank: int
+    alpha: float
+    seed: int = 0
+
+
+def add_adapters(model: nn.Module, base: Any, lora: Lora, *, first_layer: int) -> None:
+    """Adapters in place in all linear maps of the decoder layers from `first_layer` on; they alone are then trained."""
+    peft = _peft()
+    layers = base.layers[first_layer:].named_modules()
+    kinds = {name.rpartition(".")[2] for name, module in layers if isinstance(module, nn.Linear)}
+    config = peft.LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, bias="none", target_modules=sorted(kinds),
+        layers_to_transform=list(range(first_layer, len(base.layers))), layers_pattern="layers",
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(lora.seed)
+        peft.inject_adapter_in_model(config, model)
+
+
+def has_adapters(model: nn.Module) -> bool:
+    """Whether `add_adapters` was called on the model."""
+    return any(name.endswith(".base_layer") for name, _ in model.named_modules())
+
+
+@torch.no_grad()
+def merged_state(model: nn.Module) -> dict[str, Tensor]:
+    """The model's tensors under their names without adapters, W + (alpha / rank)·B·A in place of W. Changes nothing."""
+    layers = {name: module for name, module in model.named_modules() if hasattr(module, "base_layer")}
+    merged = {}
+    for name, tensor in model.state_dict().items():
+        if ".lora_" in name:
+            continue
+        owner, _, kind = name.partition(".base_layer.")
+        if owner in layers and kind == "weight":
+            layer: Any = layers[owner]
+            (adapter,) = layer.active_adapters
+            tensor = (tensor.float() + layer.get_delta_weight(adapter).float()).to(tensor.dtype)
+        merged[f"{owner}.{kind}" if kind else name] = tensor
+    return merged
+
+
+def save_adapter(model: Any, folder: Path) -> None:
+    """The adapters alone, in PEFT's layout, with the score head of a reward model: `PeftModel.from_pretrained` reads
+    them onto the model that the run started from."""
+    peft = _peft()
+    tensors: Mapping[str, Tensor] = peft.get_peft_model_state_dict(model)
+    config = next(iter(model.peft_config.values()))
+    config.base_model_name_or_path = model.name_or_path
+    config.task_type = "CAUSAL_LM"
+    if isinstance(getattr(model, "score", None), nn.Linear):
+        config.task_type, config.modules_to_save = "SEQ_CLS", ["score"]
+        tensors = {**tensors, "score.weight": model.score.weight}
+    folder.mkdir(parents=True, exist_ok=True)
+    config.save_pretrained(str(folder))
+    save_file(
+        {f"base_model.model.{name}": tensor.detach().contiguous() for name, tensor in tensors.items()},
+        folder / "adapter_model.safetensors", metadata={"format": "pt"},
+    )  # fmt: skip
+
+
+def _peft() -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise SetupError("compute.lora_rank needs `peft`: pip install 'ppomax[lora]'") from error
+    return peft

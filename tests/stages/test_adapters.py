@@ -1,0 +1,70 @@
+"""Whole runs with adapters or the score head alone: they learn, resume bit for bit, and leave plain models behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ppomax.config import CriticConfig, ModelConfig, OptimConfig, SaveConfig
+from ppomax.stages.reward import reward
+from ppomax.stages.sft import sft
+from stages.conftest import Toys, Trained
+from stages.toy import FLOAT32, expect_exact_resume, metrics, ppo_config, reward_config, sft_config, weights
+
+LORA = FLOAT32.model_copy(update={"lora_rank": 8})
+
+
+def test_sft_by_adapters_learns_other_answers(tmp_path: Path, toys: Toys, trained: Trained) -> None:
+    # The chosen answers of the pairs, which the model has not seen.
+    sft(sft_config(tmp_path / "run", toys.pairs, model=trained.sft, compute=LORA, optim=OptimConfig(lr=2e-2)))
+    losses = [row["loss"] for row in metrics(tmp_path / "run")]
+    assert losses[-1] < 0.9 * losses[0]
+    assert not any("lora" in name or "base_layer" in name for name in weights(tmp_path / "run" / "final"))
+    assert (tmp_path / "run" / "final" / "adapter" / "adapter_config.json").is_file()
+
+
+HEAD_ALONE = FLOAT32.model_copy(update={"train_layers": 0})
+
+
+@pytest.mark.parametrize(
+    ("compute", "lm_weight", "lr", "accuracy"),
+    [(LORA, 0.2, 2e-2, 0.8), (HEAD_ALONE, None, 5e-2, 0.7)],
+    ids=["adapters", "head alone"],
+)
+def test_a_reward_model_of_few_parameters_ranks_held_out_pairs(
+    tmp_path: Path,
+    toys: Toys,
+    trained: Trained,
+    compute: ModelConfig,
+    lm_weight: float | None,
+    lr: float,
+    accuracy: float,
+) -> None:
+    changes = {"compute": compute, "lm_weight": lm_weight, "optim": OptimConfig(lr=lr)}
+    summary = reward(reward_config(tmp_path / "run", trained.sft, toys.pairs, **changes))
+    assert summary["accuracy"] > accuracy
+    final, start = weights(tmp_path / "run" / "final"), weights(Path(trained.sft))
+    moved = {name for name in final if name not in start or not final[name].equal(start[name])}
+    assert "score.weight" in moved and not any("lora" in name for name in final)
+    assert all(".layers." in name and compute is LORA for name in moved - {"score.weight"})
+
+
+def test_ppo_by_adapters_resumes_bit_for_bit_and_exports_the_merged_average(
+    tmp_path: Path, toys: Toys, trained: Trained
+) -> None:
+    settings: dict[str, Any] = {
+        "compute": LORA, "ema": 0.5, "iterations": 4, "save": SaveConfig(every=2),
+        "critic": CriticConfig(init=trained.reward, pretrain_iterations=1, optim=OptimConfig(lr=5e-3)),
+    }  # fmt: skip
+    whole = ppo_config(tmp_path / "whole", trained.sft, toys.prompts, **settings)
+    expect_exact_resume(whole, ("final", "last", "critic"))
+    start, final, last = (
+        weights(path) for path in (Path(trained.sft), tmp_path / "whole/final", tmp_path / "whole/last")
+    )
+    assert start.keys() == final.keys() == last.keys()
+    moved = {name for name in start if not start[name].equal(last[name])}
+    assert moved and all(".layers." in name and "norm" not in name for name in moved)
+    # Half of the way, step after step: the average is behind the last weights.
+    assert any(not final[name].equal(last[name]) for name in moved)
