@@ -128,5 +128,5 @@ def test_the_head_alone() -> None:
     assert [*scalar.trained_parameters()] == ["score.weight"]
     whole = Scalar(load_scalar_lm("tiny", FLOAT32, fresh_head_seed=0), train_layers=None, trained=False)
     assert torch.equal(scalar(batch()).values_BT, whole(batch()).values_BT)
-    with pytest.raises(SetupError, match="train_layers: found 0, which leaves a causal LM nothing to train"):
+    with pytest.raises(SetupError, match="train_layers: found 0, expected 1 to 2"):
         Policy(tiny(), train_layers=0, trained=True)

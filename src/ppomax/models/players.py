@@ -41,6 +41,8 @@ class TokenScores:
 class Player(nn.Module):
     """A decoder stack, of which only the uppermost `train_layers` are trained if that is given; `lora`: by adapters."""
 
+    fewest_layers = 1
+
     def __init__(
         self, model: nn.Module, *, train_layers: int | None, trained: bool, checkpointing: bool = False,
         lora: Lora | None = None,
@@ -52,8 +54,10 @@ class Player(nn.Module):
         model.requires_grad_(False)
         if train_layers is not None:
             count = len(getattr(self.base, "layers", ()))
-            if count and not 0 <= train_layers <= count:
-                raise SetupError(f"train_layers: found {train_layers}, expected 0 to {count} (the model's layers)")
+            if count and not self.fewest_layers <= train_layers <= count:
+                raise SetupError(
+                    f"train_layers: found {train_layers}, expected {self.fewest_layers} to {count} (the model's layers)"
+                )
             if not split_is_exact(self.base, count - train_layers):
                 raise SetupError(f"train_layers: {type(model).__name__} cannot be split into layers; leave it None")
         self.packs = packing_is_exact(self.base)
@@ -118,8 +122,6 @@ class Policy(Player):
         self, model: nn.Module, *, train_layers: int | None, trained: bool, checkpointing: bool = False,
         lora: Lora | None = None,
     ) -> None:  # fmt: skip
-        if trained and train_layers == 0:
-            raise SetupError("train_layers: found 0, which leaves a causal LM nothing to train; expected 1 or more")
         super().__init__(model, train_layers=train_layers, trained=trained, checkpointing=checkpointing, lora=lora)
         if not head_is_linear(model, self.base):
             raise SetupError(f"{type(model).__name__} changes its logits after the unembedding; this is not supported")
@@ -183,7 +185,9 @@ class ScalarOutput:
 
 
 class Scalar(Player):
-    """Reward model or critic: one scalar per token, float32."""
+    """Reward model or critic: one scalar per token, float32. With `train_layers` 0 its head alone is trained."""
+
+    fewest_layers = 0
 
     def __init__(
         self, model: nn.Module, *, train_layers: int | None, trained: bool, checkpointing: bool = False,
