@@ -18,10 +18,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-inp
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-fast check mutate bench golden clean
+.PHONY: help venv quickstart test test-fast check mutate bench bench-reward bench-sft golden clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z -]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 venv: $(INSTALLED) ## the environment that all other targets use (they make it themselves)
 
@@ -67,6 +67,15 @@ mutate: $(INSTALLED) ## plant each known mistake in a copy of src/: a test must 
 
 bench: $(INSTALLED) ## speed and quality against the recorded numbers
 	@$(BIN)/python bench/run.py $(ARGS)
+
+# TRL is a peer, not a dependency: it goes into a folder of its own.
+PEERS := build/peers
+$(PEERS)/trl/__init__.py: $(INSTALLED)
+	@$(PIP) --target $(PEERS) --no-deps trl==1.16.0
+	@touch $@
+
+bench-reward bench-sft: bench-%: $(INSTALLED) $(PEERS)/trl/__init__.py ## training beside TRL's RewardTrainer, SFTTrainer; ARGS="--rows 512 --repeats 3"
+	@PYTHONPATH=$(PEERS) $(BIN)/python bench/training.py $* $(ARGS)
 
 golden: $(INSTALLED) ## record the golden run again: a change needs a line in CHANGELOG.md under "Numerics"
 	@$(BIN)/python tests/golden/record.py $(ARGS)

@@ -1,0 +1,240 @@
+"""Reward-model and SFT training beside TRL's trainers: equal rows, steps, learning rate, lengths and precision.
+
+    make bench-reward                                         # against TRL's RewardTrainer
+    make bench-sft                                            # against TRL's SFTTrainer, packed and not
+    make bench-reward ARGS="--data pairs.jsonl --rows 1000 --heldout 200 --repeats 3"
+
+Contenders run in turn, each in a process of its own, so that the peak of its memory is its own; the fastest of
+`repeats` counts. Only the training loop is timed. Gradient checkpointing is off on both sides (TRL's default is on);
+all layers are trained in both. Tokens are those of the rows, without padding, and equal on both sides. The table is
+printed and written to bench/training-reward.md or bench/training-sft.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+import tempfile
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ppomax.config import ModelConfig, OptimConfig, RankConfig, RewardConfig, SaveConfig, SFTConfig
+from ppomax.data.chat import render_prompt, render_response
+from ppomax.data.readers import read_dialogues, read_pairs
+from ppomax.data.split import split_by_key
+from ppomax.models.load import load_tokenizer, pad_that_ends_no_turn, resolve_compute
+from ppomax.monitor.log import read_metrics
+from ppomax.stages.rank import rank
+from ppomax.stages.reward import reward
+from ppomax.stages.sft import sft
+
+BATCH, LEARNING_RATE, WARMUP = 8, {"reward": 2e-5, "sft": 1e-4}, 0.1
+CONTENDERS = {"reward": ("ppomax", "trl"), "sft": ("ppomax", "trl", "trl packed")}
+DIALOGUES = files("ppomax.data") / "quickstart" / "dialogues.jsonl"
+
+
+def main() -> None:
+    """Run the contenders in turn and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("stage", choices=[*CONTENDERS])
+    parser.add_argument("--data", help="pairs or dialogues; default: the quickstart's dialogues")
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
+    parser.add_argument("--rows", type=int, default=256)
+    parser.add_argument("--heldout", type=int, default=0, help="prompts whose pairs are ranked at the end (reward)")
+    parser.add_argument("--max-length", type=int, default=512)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--contender", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.contender:
+        print(json.dumps(_contend(arguments)))
+        return
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS[arguments.stage]}
+    for _ in range(arguments.repeats):
+        for name, kept in runs.items():
+            command = [sys.executable, __file__, *sys.argv[1:], "--contender", name]
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            kept.append(json.loads(done.stdout.splitlines()[-1]))
+            print(name, kept[-1], flush=True)
+    text = _table(arguments, runs)
+    Path(__file__).with_name(f"training-{arguments.stage}.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+def _table(arguments: argparse.Namespace, runs: dict[str, list[dict[str, Any]]]) -> str:
+    best = {name: min(kept, key=lambda run: run["seconds"]) for name, kept in runs.items()}
+    ours = best["ppomax"]
+    setting = [
+        arguments.model, ours["dtype"], f"{os.cpu_count()} {platform.machine()} cores", f"torch {torch.__version__}",
+        f"transformers {version('transformers')}", f"{ours['rows']} rows", f"{BATCH} a step", "one epoch",
+        f"{ours['tokens']:,} tokens", f"data {Path(arguments.data or DIALOGUES.name).name}", f"seed {arguments.seed}",
+        f"fastest of {arguments.repeats}",
+    ]  # fmt: skip
+    heading = ("contender", "seconds", "tokens/s", "ppomax is faster by", "peak GiB", "slowest / fastest", "accuracy")
+    table = [heading, ["---"] * len(heading)]
+    for name, run in best.items():
+        seconds = [one["seconds"] for one in runs[name]]
+        table.append([
+            name, f"{run['seconds']:.1f}", f"{ours['tokens'] / run['seconds']:,.0f}",
+            f"{run['seconds'] / ours['seconds']:.2f}×", f"{run['peak_gib']:.2f}", f"{max(seconds) / min(seconds):.2f}",
+            "–" if run["accuracy"] is None else f"{run['accuracy']:.3f}",
+        ])  # fmt: skip
+    lines = [f"| {' | '.join(row)} |" for row in table]
+    title = f"# {arguments.stage} training against TRL {version('trl')}"
+    return "\n".join([title, "", ", ".join(setting), "", *lines, ""])
+
+
+def _contend(arguments: argparse.Namespace) -> dict[str, Any]:
+    """One contender's training in this process."""
+    compute = resolve_compute("cpu", arguments.dtype)
+    dtype = str(compute.dtype)[6:]
+    with tempfile.TemporaryDirectory() as folder:
+        learn, held = _rows(arguments)
+        tokenizer = load_tokenizer(arguments.model)
+        tokens = _count(tokenizer, learn)
+        config = ModelConfig.model_validate({"device": "cpu", "dtype": dtype})
+        train = {"reward": _reward, "sft": _sft}[arguments.stage]
+        work = Path(folder)
+        if arguments.contender == "ppomax":
+            seconds = train(arguments, learn, work, config)
+        else:
+            theirs = {"reward": _trl_reward, "sft": _trl_sft}[arguments.stage]
+            seconds = theirs(arguments, learn, work, tokenizer, dtype)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        accuracy = None
+        if held:
+            data = (_write(work / "heldout.jsonl", held),)
+            summary = rank(
+                RankConfig(run_dir=work / "rank", reward=str(work / "run" / "final"), data=data, compute=config)
+            )
+            accuracy = summary["accuracy"]
+    return {
+        "seconds": seconds, "tokens": tokens, "rows": len(learn), "dtype": dtype, "peak_gib": peak, "accuracy": accuracy
+    }  # fmt: skip
+
+
+def _rows(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Rows to learn from and to rank; messages, so that both sides render the same dialogues."""
+    if arguments.stage == "sft":
+        dialogues, _ = read_dialogues(arguments.data or str(DIALOGUES))
+        rows = [{"prompt": list(d.messages[:-1]), "completion": list(d.messages[-1:])} for d in dialogues if d.messages]
+        return rows[: arguments.rows], []
+    if arguments.data:
+        pairs, _ = read_pairs(arguments.data)
+        learn, held = split_by_key(pairs, arguments.heldout, arguments.seed) if arguments.heldout else (pairs, [])
+        sides = [
+            [{"prompt": list(p.prompt), "chosen": _answer(p.chosen), "rejected": _answer(p.rejected)} for p in part]
+            for part in (learn, held)
+        ]
+        return sides[0][: arguments.rows], sides[1]
+    dialogues, _ = read_dialogues(str(DIALOGUES))
+    answers = [d.messages[-1]["content"] for d in dialogues]
+    rows = [
+        {"prompt": list(d.messages[:-1]), "chosen": _answer(answers[i]), "rejected": _answer(answers[i - 1])}
+        for i, d in enumerate(dialogues)
+    ]
+    return rows[: arguments.rows], rows[len(rows) - arguments.heldout :] if arguments.heldout else []
+
+
+def _answer(text: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": text}]
+
+
+def _count(tokenizer: Any, rows: list[dict[str, Any]]) -> int:
+    """Tokens of all sequences, prompts as often as they are in one."""
+    sides = [side for side in ("chosen", "rejected", "completion") if side in rows[0]]
+    return sum(
+        len(render_prompt(tokenizer, row["prompt"])) + len(render_response(tokenizer, row[side][0]["content"]))
+        for row in rows
+        for side in sides
+    )
+
+
+def _write(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def _reward(arguments: argparse.Namespace, rows: list[dict[str, Any]], work: Path, compute: ModelConfig) -> float:
+    run = work / "run"
+    reward(RewardConfig(
+        run_dir=run, model=arguments.model, data=(_write(work / "data.jsonl", rows),), heldout=0, lm_weight=None,
+        min_prompts=BATCH, max_prompts=BATCH, max_length=arguments.max_length, seed=arguments.seed, compute=compute,
+        optim=OptimConfig(lr=LEARNING_RATE["reward"], warmup=WARMUP), save=SaveConfig(every=10**9),
+    ))  # fmt: skip
+    return sum(row["seconds"] for row in read_metrics(run / "metrics.jsonl"))
+
+
+def _sft(arguments: argparse.Namespace, rows: list[dict[str, Any]], work: Path, compute: ModelConfig) -> float:
+    run = work / "run"
+    data = [{"messages": [*row["prompt"], *row["completion"]]} for row in rows]
+    sft(SFTConfig(
+        run_dir=run, model=arguments.model, data=(_write(work / "data.jsonl", data),), heldout=0, epochs=1,
+        batch_size=BATCH, max_length=arguments.max_length, seed=arguments.seed, compute=compute,
+        optim=OptimConfig(lr=LEARNING_RATE["sft"], warmup=WARMUP), save=SaveConfig(every=10**9),
+    ))  # fmt: skip
+    return sum(row["seconds"] for row in read_metrics(run / "metrics.jsonl"))
+
+
+def _trl_arguments(arguments: argparse.Namespace, work: Path, dtype: str) -> dict[str, Any]:
+    return {
+        "output_dir": str(work / "trl"), "per_device_train_batch_size": BATCH, "num_train_epochs": 1,
+        "learning_rate": LEARNING_RATE[arguments.stage], "lr_scheduler_type": "cosine", "warmup_steps": WARMUP,
+        "adam_beta2": 0.95, "max_length": arguments.max_length, "gradient_checkpointing": False, "report_to": [],
+        "bf16": dtype == "bfloat16", "use_cpu": True, "seed": arguments.seed, "save_strategy": "no",
+        "disable_tqdm": True, "logging_steps": 10**9,
+    }  # fmt: skip
+
+
+def _trl_reward(
+    arguments: argparse.Namespace, rows: list[dict[str, Any]], work: Path, tokenizer: Any, dtype: str
+) -> float:
+    import trl
+    from datasets import Dataset
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(
+        tokenizer.name_or_path, num_labels=1, dtype=torch.float32
+    )
+    pad = pad_that_ends_no_turn(tokenizer, model.get_input_embeddings().num_embeddings)
+    model.config.pad_token_id, tokenizer.pad_token = pad, tokenizer.convert_ids_to_tokens(pad)
+    settings = trl.RewardConfig(**_trl_arguments(arguments, work, dtype))
+    trainer = trl.RewardTrainer(model, settings, train_dataset=Dataset.from_list(rows), processing_class=tokenizer)
+    seconds = trainer.train().metrics["train_runtime"]
+    trainer.save_model(str(work / "run" / "final"))
+    return seconds
+
+
+def _trl_sft(
+    arguments: argparse.Namespace, rows: list[dict[str, Any]], work: Path, tokenizer: Any, dtype: str
+) -> float:
+    import trl
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tokenizer.name_or_path, dtype=torch.float32)
+    settings = _trl_arguments(arguments, work, dtype)
+    if arguments.contender == "trl packed":
+        # About as many tokens a step as the other contenders have.
+        per_row = sum(
+            len(tokenizer.apply_chat_template(r["prompt"] + r["completion"], return_dict=False)) for r in rows
+        )
+        settings |= {"packing": True, "per_device_train_batch_size": 1, "max_length": BATCH * per_row // len(rows)}
+    trainer = trl.SFTTrainer(
+        model, trl.SFTConfig(**settings), train_dataset=Dataset.from_list(rows), processing_class=tokenizer
+    )
+    return trainer.train().metrics["train_runtime"]
+
+
+if __name__ == "__main__":
+    main()
