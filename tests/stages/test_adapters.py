@@ -6,10 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from ppomax.config import CriticConfig, ModelConfig, OptimConfig, SaveConfig
+from ppomax.models.load import load_tokenizer
+from ppomax.rewards.model import RewardModel
+from ppomax.stages.inputs import compute_of
+from ppomax.stages.players import load_players
 from ppomax.stages.reward import reward
 from ppomax.stages.sft import sft
+from ppomax.types import token_batch
 from stages.conftest import Toys, Trained
 from stages.toy import FLOAT32, expect_exact_resume, metrics, ppo_config, reward_config, sft_config, weights
 
@@ -68,3 +74,23 @@ def test_ppo_by_adapters_resumes_bit_for_bit_and_exports_the_merged_average(
     assert moved and all(".layers." in name and "norm" not in name for name in moved)
     # Half of the way, step after step: the average is behind the last weights.
     assert any(not final[name].equal(last[name]) for name in moved)
+
+
+def test_players_with_adapters_hold_common_weights_once(tmp_path: Path, toys: Toys, trained: Trained) -> None:
+    settings: dict[str, Any] = {"compute": LORA, "reward": (trained.reward,), "critic": CriticConfig()}
+    config = ppo_config(tmp_path, trained.sft, toys.prompts, **settings)
+    players = load_players(config, compute_of(LORA), load_tokenizer(trained.sft), None)
+    assert players.critic is not None and isinstance(players.terms[0].reward, RewardModel)
+    for first, other in ((players.policy, players.reference), (players.critic, players.terms[0].reward.scalar)):
+        theirs = {p.data_ptr() for p in first.model.parameters() if not p.requires_grad}
+        apart = [name for name, p in other.model.named_parameters() if p.data_ptr() not in theirs]
+        # The critic's head is trained; all else of the frozen player is the other's.
+        assert apart == (["score.weight"] if first is players.critic else [])
+    batch = token_batch([[5, 6]], [[7, 8, 9]], device="cpu")
+    before = players.reference(batch).logprobs_BT.clone()
+    players.policy(batch).logprobs_BT.sum().backward()
+    with torch.no_grad():
+        for parameter in players.policy.trained_parameters().values():
+            parameter.add_(parameter.grad + 0.01)
+    assert torch.equal(players.reference(batch).logprobs_BT, before)
+    assert not torch.allclose(players.policy(batch).logprobs_BT, before, atol=1e-4)

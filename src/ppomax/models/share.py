@@ -1,4 +1,4 @@
-"""One frozen trunk in memory for all players: their lower layers must be equal, and are then the same objects."""
+"""Frozen weights that players have in common, in memory once."""
 
 from __future__ import annotations
 
@@ -31,8 +31,24 @@ def share_trunk(first: Player, other: Player, *, roles: tuple[str, str]) -> None
     for i in range(count):
         other.base.layers[i] = first.base.layers[i]
     other.base.set_input_embeddings(first.base.get_input_embeddings())
-    if getattr(other.model.config, "tie_word_embeddings", False) and hasattr(other.model, "tie_weights"):
-        other.model.tie_weights()  # type: ignore[operator]
+    _tie(other)
+
+
+def share_frozen(first: Player, other: Player) -> None:
+    """Let the frozen `other` hold the tensors of `first` that are frozen and equal: beside adapters, all of them."""
+    frozen = {name.replace(".base_layer.", "."): p for name, p in first.model.named_parameters() if not p.requires_grad}
+    for name, parameter in [*other.model.named_parameters()]:
+        ours = frozen.get(name)
+        if ours is not None and ours.shape == parameter.shape and torch.equal(ours, parameter):
+            owner, _, leaf = name.rpartition(".")
+            setattr(other.model.get_submodule(owner), leaf, ours)
+    _tie(other)
+
+
+def _tie(player: Player) -> None:
+    """The unembedding is the embedding again, where it was before the embedding was replaced."""
+    if getattr(player.model.config, "tie_word_embeddings", False) and hasattr(player.model, "tie_weights"):
+        player.model.tie_weights()  # type: ignore[operator]
 
 
 def _lower_parameters(player: Player) -> list[tuple[str, nn.Parameter]]:

@@ -9,7 +9,7 @@ from typing import Any
 from ppomax.config import ModelConfig, PPOConfig
 from ppomax.models.load import Compute, load_causal_lm, load_scalar_lm, load_tokenizer, same_vocabulary
 from ppomax.models.players import Policy, Scalar
-from ppomax.models.share import share_trunk
+from ppomax.models.share import share_frozen, share_trunk
 from ppomax.rewards.callables import RewardFunction, function_name, load_function
 from ppomax.rewards.mixture import Term, is_function, parse_terms
 from ppomax.rewards.model import RewardModel
@@ -57,6 +57,11 @@ def load_players(config: PPOConfig, compute: Compute, tokenizer: Any, reward: Re
         for term in terms:
             if isinstance(term.reward, RewardModel) and term.reward.reads_ids:
                 share_trunk(policy, term.reward.scalar, roles=("policy", f"reward {term.name}"))
+    if config.compute.lora_rank is not None:
+        share_frozen(policy, reference)
+        for term in terms:
+            if critic is not None and isinstance(term.reward, RewardModel):
+                share_frozen(critic, term.reward.scalar)
     return Players(policy, reference, critic, terms, tokenizer, compute)
 
 
