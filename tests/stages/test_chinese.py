@@ -68,6 +68,8 @@ def test_from_file_to_report(tmp_path: Path) -> None:
         assert samples and words in json.dumps(samples, ensure_ascii=False)
         assert words in (tmp_path / run / "report.html").read_text("utf-8")
     last = json.loads((tmp_path / "ppo" / "metrics.jsonl").read_text("utf-8").splitlines()[-1])
+    card = json.loads((tmp_path / "ppo" / "data.json").read_text("utf-8"))
+    assert card["kept"] == card["parts"]["prompts"]["rows"] == len(THINGS)
     # The prompts have pairs of characters to be on the topic of.
     assert last["on_topic_left_out"] == 0
 

@@ -47,7 +47,7 @@ def test_a_heavy_file_is_read_more_often_and_a_light_one_less(tmp_path: Path, tr
 def test_weights_that_leave_nothing(tmp_path: Path, trained: Trained) -> None:
     data = write_rows(tmp_path / "a.jsonl", pair_rows()[:5])
     config = reward_config(tmp_path, trained.sft, f"{data}#weight=1e-9", heldout=0)
-    with pytest.raises(DataError, match="the weights of the files leave no pair to learn"):
+    with pytest.raises(DataError, match="the weights of the files leave none of 5 rows"):
         reward_rows(config, load_tokenizer(trained.sft))
 
 

@@ -66,9 +66,17 @@ def copies(weight: float, seed: int, key: str) -> int:
     return whole + (_hash(seed, f"weight:{key}") < (weight - whole) * 2**64)
 
 
+def weighted_order(rows: Sequence[Keyed], seed: int) -> list[int]:
+    """The indices of an epoch: each row as often as its weight says. DataError if none is left."""
+    order = [i for i, row in enumerate(rows) for _ in range(copies(row.weight, seed, row.key))]
+    if rows and not order:
+        raise DataError(f"the weights of the files leave none of {len(rows)} rows; give larger ones")
+    return order
+
+
 def by_weight(rows: Sequence[T], seed: int) -> list[T]:
-    """The rows of an epoch: each as often as its weight says."""
-    return [row for row in rows for _ in range(copies(row.weight, seed, row.key))]
+    """The rows of an epoch."""
+    return [rows[i] for i in weighted_order(rows, seed)]
 
 
 def _keys_by_source(rows: Sequence[Keyed]) -> dict[str, list[str]]:

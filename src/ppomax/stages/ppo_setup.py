@@ -13,7 +13,7 @@ from torch import Tensor
 from ppomax.config import PPOConfig
 from ppomax.data.card import Part, data_card
 from ppomax.data.readers import read_dialogues
-from ppomax.data.split import by_weight, copies
+from ppomax.data.split import by_weight, weighted_order
 from ppomax.engine.averaging import MovingAverage
 from ppomax.engine.durable import disk_errors
 from ppomax.engine.optimiser import Optimiser
@@ -43,7 +43,7 @@ from ppomax.stages.ppo_checks import PRETRAIN_WINDOW, expect_possible
 from ppomax.stages.session import Session
 from ppomax.stages.sft import adamw, schedule
 from ppomax.stages.update import Optimisers, Steering, schedule_position
-from ppomax.types import DataError, Prompt, Rollout, ScoredRollouts, SetupError
+from ppomax.types import Prompt, Rollout, ScoredRollouts, SetupError
 
 SAMPLES_KEPT = 8
 
@@ -181,10 +181,8 @@ def prepare(run: Session, config: PPOConfig, reward: RewardFunction | None) -> J
     specs = required(config.prompts, "prompts", "prompts to answer")
     tokenizer = load_tokenizer(config.policy, config.compute.chat_template)
     read = fitted_prompts(tokenizer, specs, config.max_prompt_tokens)
-    order = [i for i, prompt in enumerate(read.prompts) for _ in range(copies(prompt.weight, config.seed, prompt.key))]
+    order = weighted_order(read.prompts, config.seed)
     prompts, prompt_ids = [read.prompts[i] for i in order], [read.ids[i] for i in order]
-    if not prompts:
-        raise DataError("prompts: the weights of the files leave none; give larger ones")
     ptx, ptx_report = _read_ptx(tokenizer, config)
     players = load_players(config, compute, tokenizer, reward)
     longest = max(map(len, prompt_ids)) + config.sampling.max_new_tokens
@@ -262,8 +260,8 @@ def _read_ptx(tokenizer: Any, config: PPOConfig) -> tuple[list[Tokens], str]:
     if not config.ptx_data:
         return [], "off"
     dialogues, report = read_dialogues(list(config.ptx_data))
-    dialogues = by_weight(dialogues, config.seed)
-    rows, cut = dialogue_tokens(tokenizer, dialogues, config.max_prompt_tokens + config.sampling.max_new_tokens)
+    longest = config.max_prompt_tokens + config.sampling.max_new_tokens
+    rows, cut = dialogue_tokens(tokenizer, by_weight(dialogues, config.seed), longest)
     return rows, f"{config.ptx_weight:g} × LM loss on {config.ptx_batch or config.minibatch} of {report}; {cut}"
 
 

@@ -59,10 +59,7 @@ def reward_rows(config: RewardConfig, tokenizer: Any) -> RewardRows:
     described = {name: Part(part, _lengths(tokens[name][0])) for name, part in parts.items()}
     card = data_card(report, described, fitted=fitted, shared=shared)
     learn, heldout, tested = (rows for rows, _ in tokens.values())
-    learn = by_weight(learn, config.seed)
-    if not learn:
-        raise DataError("data: the weights of the files leave no pair to learn; give larger ones")
-    return RewardRows(learn, heldout, tested, f"{said}; {tokens['learn'][1]}", card)
+    return RewardRows(by_weight(learn, config.seed), heldout, tested, f"{said}; {tokens['learn'][1]}", card)
 
 
 def _without(held: Sequence[Pair], pairs: Sequence[Pair]) -> tuple[list[Pair], int]:
