@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from models.architectures import VOCABULARY, policy
 from torch import Tensor
 
 from ppomax.models.players import Policy
-from ppomax.rollout.cache import PreallocatedLayer, preallocated_cache, row_index, select_rows
+from ppomax.rollout.cache import PreallocatedLayer, preallocated_cache, row_index, select_rows, without
 
 TOLERANCE = 1e-5
 WIDTH, STEPS = 9, 6
@@ -98,3 +100,30 @@ def test_more_tokens_than_the_capacity_are_an_error() -> None:
     layer.update(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2))
     with pytest.raises(ValueError, match="found 3 tokens, expected at most its capacity of 2"):
         layer.update(torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1, 2))
+
+
+@pytest.mark.parametrize(
+    ("count", "dropped", "expected"),
+    [(4, [1], [0, 3, 2]), (4, [3], [0, 1, 2]), (5, [0, 4], [3, 1, 2]), (5, [0, 1, 2], [4, 3]), (3, [0, 1, 2], [])],
+)
+def test_the_last_rows_take_the_places_of_the_dropped(count: int, dropped: list[int], expected: list[int]) -> None:
+    assert without(count, dropped) == expected
+
+
+@given(st.integers(1, 40), st.sets(st.integers(0, 39)))
+def test_the_rows_that_stay_are_those_that_were_not_dropped(count: int, dropped: set[int]) -> None:
+    gone = {row for row in dropped if row < count}
+    kept = without(count, sorted(gone))
+    assert sorted(kept) == [row for row in range(count) if row not in gone]
+    # Every row below the new count that was not dropped stays where it is.
+    assert all(kept[row] == row for row in range(len(kept)) if row not in gone)
+
+
+def test_rows_that_stay_are_not_copied() -> None:
+    layer = PreallocatedLayer(capacity=3)
+    x = torch.arange(24.0).view(4, 1, 3, 2)
+    layer.update(x, -x)
+    memory = layer.keys.data_ptr()
+    layer.select(torch.tensor(without(4, [1])))
+    assert layer.keys.data_ptr() == memory and torch.equal(layer.keys, x[[0, 3, 2]])
+    assert torch.equal(layer.values, -x[[0, 3, 2]])

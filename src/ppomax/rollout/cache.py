@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -52,9 +53,15 @@ class PreallocatedLayer(CacheLayerMixin):
     get_max_cache_shape = get_max_length
 
     def select(self, rows: Tensor) -> None:
-        """Keep the given rows, in the given order; a row may be repeated."""
+        """Keep the given rows, in the given order; one may be repeated. Rows that stay where they are cost nothing."""
         assert self.keys is not None and self.values is not None
-        self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
+        if len(rows) > len(self.keys):
+            self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
+            return
+        moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero()[:, 0]
+        for tensor in (self.keys, self.values):
+            tensor[moved] = tensor[rows[moved]]
+        self.keys, self.values = self.keys[: len(rows)], self.values[: len(rows)]
 
 
 def preallocated_cache(layers: int, capacity: int) -> Cache:
@@ -67,6 +74,13 @@ def select_rows(cache: Cache, rows: Tensor) -> None:
     for layer in cache.layers:
         assert isinstance(layer, PreallocatedLayer)
         layer.select(rows)
+
+
+def without(count: int, dropped: Sequence[int]) -> list[int]:
+    """The rows that stay of `count`, the last ones in the places of the dropped: few move, and few are copied."""
+    gone = set(dropped)
+    last = iter([row for row in range(count - 1, -1, -1) if row not in gone])
+    return [next(last) if row in gone else row for row in range(count - len(gone))]
 
 
 def row_index(rows: list[int], device: torch.device) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
 from ppomax.models.players import Policy
-from ppomax.rollout.cache import preallocated_cache, row_index, select_rows
+from ppomax.rollout.cache import preallocated_cache, row_index, select_rows, without
 
 
 @dataclass(frozen=True)
@@ -83,15 +83,16 @@ def _decode(
     alive = list(range(len(prompts)))
     for r in range(limit):
         token_B, logprob_B = draw(logits_BV, uniforms_BR[alive, r], distribution, history)
-        keep = []
+        ended = []
         for row, (token, logprob) in enumerate(zip(token_B.tolist(), logprob_B.tolist(), strict=True)):
             ids[alive[row]].append(token)
             logprobs[alive[row]].append(logprob)
-            if token not in eos:
-                keep.append(row)
-        if not keep or r + 1 == limit:
+            if token in eos:
+                ended.append(row)
+        if len(ended) == len(alive) or r + 1 == limit:
             break
-        if len(keep) < len(alive):
+        if ended:
+            keep = without(len(alive), ended)
             index = row_index(keep, device)
             select_rows(cache, index)
             token_B, mask_BS, length_B = token_B[index], mask_BS[index], length_B[index]
