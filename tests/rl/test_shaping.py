@@ -303,6 +303,13 @@ def test_sources_do_not_touch_each_other(batch, random):
     assert torch.equal(shuffled, normal_B[order])
 
 
+def test_scores_that_differ_by_less_than_float32_can_divide_are_all_0():
+    values = [0.0, 1.401298464324817e-45]
+    moments = Moments().update(values)
+    assert moments.std > 0 and not moments.varies
+    assert normalise_and_clip(torch.tensor(values), moments, clip=3.0).tolist() == [0.0, 0.0]
+
+
 @given(scores, scores)
 def test_a_single_source_is_the_ordinary_history(first, second):
     moments = Moments().update(first).update(second)

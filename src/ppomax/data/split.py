@@ -51,8 +51,9 @@ def split_by_key(rows: Sequence[T], heldout: Size, seed: int, *, purpose: str = 
             counts = _checked(heldout, by_source)
         held = {key for source, count in counts.items() for key in by_source[source][:count]}
     if not held or len(held) == len(hashes):
+        kind = "fraction" if isinstance(heldout, float) else "size"
         raise DataError(
-            f"held-out size {heldout} of {len(hashes)} prompts leaves one side empty; give a count or more data"
+            f"held-out {kind} {heldout} of {len(hashes)} prompts leaves one side empty; give a count or more data"
         )
     return [row for row in rows if row.key not in held], [row for row in rows if row.key in held]
 

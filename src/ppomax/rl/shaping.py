@@ -51,7 +51,8 @@ class Moments:
     @property
     def varies(self) -> bool:
         """Whether the std is more than the float32 rounding of the mean: below that, dividing by it makes noise."""
-        return self.std > torch.finfo(torch.float32).eps * abs(self.mean)
+        float32 = torch.finfo(torch.float32)
+        return self.std > max(float32.eps * abs(self.mean), float32.tiny)  # a smaller one is 0 in float32
 
     def update(self, values: Sequence[float]) -> Moments:
         """The moments with `values` included."""

@@ -44,8 +44,8 @@ def load_players(config: PPOConfig, compute: Compute, tokenizer: Any, reward: Re
     terms = [Term(function_name(reward), 1.0, reward)] if reward is not None else load_terms(
         config.reward, tokenizer, compute, config.compute
     )  # fmt: skip
-    critic = _load_critic(config, config.critic.init, compute, tokenizer, terms) if config.critic.init else None
     policy = Policy(load_causal_lm(config.policy, compute), trained=True, **training_of(config.compute, config.seed))
+    critic = _load_critic(config, config.critic.init, compute, tokenizer, terms) if config.critic.init else None
     frozen = config.reference or config.policy
     if frozen != config.policy and not same_vocabulary(load_tokenizer(frozen), tokenizer):
         raise SetupError(f"reference: {frozen} has another vocabulary than the policy {config.policy}")
