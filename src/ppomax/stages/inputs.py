@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,15 +102,23 @@ def dialogue_tokens(tokenizer: Any, dialogues: Sequence[Dialogue], max_length: i
     return rows, f"{cut} cut at {max_length} tokens, {empty} left out because no answer fits"
 
 
+@dataclass
+class _Ranking:
+    """A prompt while its pairs are read: the responses with their numbers, the gap of every (better, worse)."""
+
+    messages: tuple[Message, ...]
+    key: str
+    weight: float
+    responses: dict[tuple[int, ...], int] = field(default_factory=dict)
+    gaps: dict[tuple[int, int], float | None] = field(default_factory=dict)
+
+
 def ranked_tokens(tokenizer: Any, pairs: Sequence[Pair], max_length: int) -> tuple[list[RankedTokens], str]:
     """Pairs by prompt, so that each response is read once and all pairs of a prompt stay together (InstructGPT).
 
     A pair fits if its prompt and longer answer do; old turns go first, then the pair is left out and counted.
     """
-    grouped: dict[
-        tuple[str, tuple[int, ...]], tuple[dict[tuple[int, ...], int], dict[tuple[int, int], float | None]]
-    ] = {}
-    first: dict[tuple[str, tuple[int, ...]], tuple[tuple[Message, ...], Pair]] = {}
+    grouped: dict[tuple[str, tuple[int, ...]], _Ranking] = {}
     left_out = shortened = repeated = 0
     for pair in pairs:
         sides = [tuple(render_response(tokenizer, text)) for text in (pair.chosen, pair.rejected)]
@@ -121,17 +129,15 @@ def ranked_tokens(tokenizer: Any, pairs: Sequence[Pair], max_length: int) -> tup
             continue
         shortened += len(fitted) < len(pair.prompt)
         prompt = tuple(render_prompt(tokenizer, fitted))
-        first.setdefault((pair.source, prompt), (tuple(fitted), pair))
-        responses, order = grouped.setdefault((pair.source, prompt), ({}, {}))
-        better, worse = (responses.setdefault(side, len(responses)) for side in sides)
-        repeated += (better, worse) in order
-        order[better, worse] = pair.gap
+        ranking = grouped.setdefault((pair.source, prompt), _Ranking(tuple(fitted), pair.key, pair.weight))
+        better, worse = (ranking.responses.setdefault(side, len(ranking.responses)) for side in sides)
+        repeated += (better, worse) in ranking.gaps
+        ranking.gaps[better, worse] = pair.gap
     rows = [
         RankedTokens(
-            prompt, tuple(responses), tuple(order), source, tuple(order.values()), messages, pair.key, pair.weight
+            prompt, tuple(r.responses), tuple(r.gaps), source, tuple(r.gaps.values()), r.messages, r.key, r.weight
         )
-        for (source, prompt), (responses, order) in grouped.items()
-        for messages, pair in [first[source, prompt]]
+        for (source, prompt), r in grouped.items()
     ]
     if not rows:
         raise DataError(f"none of {len(pairs)} pairs fits into {max_length} tokens; raise max_length")
