@@ -238,9 +238,7 @@ def recipe_settings(name: str, optim: OptimConfig) -> dict[str, Any]:
 
 def prepared(config: PPOConfig, reward: RewardFunction | None = None) -> Job:
     """The job of a PPO run before its first iteration."""
-    with session(
-        "ppo", config, run_dir=config.run_dir, save=config.save, unit="iteration", resume=False, fresh=False
-    ) as run:
+    with session("ppo", config, unit="iteration", resume=False, fresh=False) as run:
         return prepare(run, config, reward)
 
 
