@@ -58,9 +58,9 @@ MUTATIONS = [
     ),
     Mutation(
         19, "the update averages the means of microbatches", "stages/update.py",
-        "moved += _backward_policy(players, piece, micro, advantages, config, steering, denom, totals)",
-        "own = float(micro.batch.mask_BR.sum()) * len(minibatch)\n"
-        "            moved += _backward_policy(players, piece, micro, advantages, config, steering, own, totals)",
+        "_backward_policy(players, piece, micro, advantages, config, steering, denom, found)",
+        "own = float(micro.batch.mask_BR.sum()) * len(minibatch.micros)\n"
+        "            _backward_policy(players, piece, micro, advantages, config, steering, own, found)",
         (f"{UPDATE}::test_trap_16_and_19_the_size_of_microbatches_changes_nothing[False]",),
     ),
     Mutation(
@@ -82,8 +82,8 @@ MUTATIONS = [
     ),
     Mutation(
         21, "the gradient norm is that of the largest parameter", "engine/optimiser.py",
-        "return float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0",
-        "return max((float(g.norm()) for g in gradients), default=0.0)",
+        "norm = torch.nn.utils.get_total_norm(gradients)",
+        "norm = max(g.norm() for g in gradients)",
         (f"{OPTIMISER}::test_trap_21_the_clip_is_global_over_all_parameters",),
     ),
     Mutation(

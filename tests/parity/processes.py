@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from stages.toy import share_of_e
 
 from ppomax.config import PPOConfig, RewardConfig, SFTConfig
 from ppomax.engine import world
@@ -19,7 +20,6 @@ from ppomax.errors import Interrupted
 from ppomax.stages.ppo import ppo
 from ppomax.stages.reward import reward
 from ppomax.stages.sft import sft
-from stages.toy import share_of_e
 
 WORLD = 2
 VERBS: dict[type, Any] = {SFTConfig: sft, RewardConfig: reward, PPOConfig: ppo}

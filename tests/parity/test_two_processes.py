@@ -9,8 +9,8 @@ import pytest
 from stages.conftest import Toys, Trained
 from stages.toy import CALM, FLOAT32, distance, metrics, ppo_config, reward_config, sft_config, weights
 
-from ppomax.config import CriticConfig, KLConfig, ModelConfig, ObjectiveConfig, SaveConfig
 from parity.processes import run, run_in_two
+from ppomax.config import CriticConfig, KLConfig, ModelConfig, ObjectiveConfig, SaveConfig
 
 SMALL = FLOAT32.model_copy(update={"tokens_per_microbatch": 160})
 # Differences of numbers that are 0 but for rounding say nothing.

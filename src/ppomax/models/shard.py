@@ -36,7 +36,7 @@ def shard(player: P, compute: Compute, config: ModelConfig) -> P:
     """Spread a player's trained parameters over the processes; alone, nothing happens.
 
     With zero3 a layer that a pass gathered goes back after the forward pass, and frozen players are spread too, unless
-    they share weights with trained ones; with zero2 it goes back after the backward pass, and frozen players stay whole.
+    they share weights with trained ones; with zero2 it goes back after the backward pass, and frozen ones stay whole.
     """
     trained = {p for p in player.parameters() if p.requires_grad}
     reshard, shares = config.shard == "zero3", config.train_layers is not None or config.lora_rank is not None
