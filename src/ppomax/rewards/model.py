@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 
 from ppomax.data.chat import fit_prompt, render_prompt, render_response
 from ppomax.models.players import Scalar, at_end
-from ppomax.types import Message, TokenBatch, token_batch
+from ppomax.types import Message, TokenBatch, Work, token_batch
 
 
 @dataclass(frozen=True)
@@ -30,23 +30,33 @@ class RewardModel:
         return at_end(self.scalar(batch).values_BT, batch)
 
     @torch.no_grad()
-    def score_text(self, prompts: Sequence[Sequence[Message]], responses: Sequence[str]) -> list[float]:
-        """Scores of responses as text, through this model's own template; old turns are dropped to fit."""
+    def score_text(
+        self, prompts: Sequence[Sequence[Message]], responses: Sequence[str], *,
+        count: Callable[[Work], None] | None = None,
+    ) -> list[float]:  # fmt: skip
+        """Scores of responses as text, through this model's own template; old turns are dropped to fit.
+
+        count: told the work of every microbatch.
+        """
         rows = []
         for messages, response in zip(prompts, responses, strict=True):
             answer = render_response(self.tokenizer, response)[: self.max_length - 8]
             fitted = fit_prompt(self.tokenizer, messages, self.max_length - len(answer))
             prompt = render_prompt(self.tokenizer, fitted or messages[-1:])[-(self.max_length - len(answer)) :]
             rows.append((prompt, answer))
-        return self.score_rows(rows)
+        return self.score_rows(rows, count)
 
-    def score_rows(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[float]:
+    def score_rows(
+        self, rows: Sequence[tuple[Sequence[int], Sequence[int]]], count: Callable[[Work], None] | None = None
+    ) -> list[float]:
         """Scores of (prompt ids, response ids), in token-budget microbatches."""
         scores = [0.0] * len(rows)
         prompts, responses = [row[0] for row in rows], [row[1] for row in rows]
         for members in self.scalar.microbatches(prompts, responses, budget=self.tokens_per_microbatch):
             device = str(next(self.scalar.parameters()).device)
             batch = token_batch([rows[i][0] for i in members], [rows[i][1] for i in members], device=device)
+            if count is not None:
+                count(self.scalar.work(batch))
             for i, score in zip(members, self.score_ids(batch).tolist(), strict=True):
                 scores[i] = score
         return scores

@@ -86,13 +86,14 @@ def read(
     players: Players, rollout: Rollout, plan: list[list[Microbatch]], *, temperature: float, full_kl: bool
 ) -> Readings:
     """Policy and critic, as they are now, on a rollout."""
-    B, R = rollout.response_ids_BR.shape
+    (B, R), clock = rollout.response_ids_BR.shape, players.clock
     logprobs, entropy, plain, values, exact_kl = (torch.zeros(B, R) for _ in range(5))
     after_B = torch.zeros(B)
     for micro in (m for group in plan for m in group):
         index, width = torch.tensor(micro.rows), micro.batch.response_width
         against = players.reference if full_kl else None
-        scores = players.policy(micro.batch, temperature=temperature, statistics=True, against=against)
+        with clock("score/policy", players.policy.work(micro.batch)):
+            scores = players.policy(micro.batch, temperature=temperature, statistics=True, against=against)
         for target, source in (
             (logprobs, scores.logprobs_BT),
             (entropy, scores.entropy_BT),
@@ -102,7 +103,8 @@ def read(
             if source is not None:
                 target[index, :width] = at_responses(source, micro.batch).cpu()
         if players.critic is not None:
-            values_BT = players.critic(micro.batch).values_BT
+            with clock("score/critic", players.critic.work(micro.batch)):
+                values_BT = players.critic(micro.batch).values_BT
             values[index, :width] = at_responses(values_BT, micro.batch, before=True).cpu()
             after_B[index] = at_end(values_BT, micro.batch).cpu()
     return Readings(logprobs, TokenStatistics(entropy, plain), values, after_B, exact_kl if full_kl else None)
@@ -114,18 +116,21 @@ def score(
     bootstrap: bool, full_kl: bool = False,
 ) -> tuple[ScoredRollouts, TokenStatistics]:  # fmt: skip
     """Old, reference and critic readings and every reward term of a rollout; nothing is shaped yet."""
-    components, dense_BR = score_texts(players.terms, rollout, texts)
+    clock = players.clock
+    components, dense_BR = score_texts(players.terms, rollout, texts, clock)
     readers = [t for t in players.terms if isinstance(t.reward, RewardModel) and t.reward.reads_ids]
     components |= {term.name: torch.zeros(len(rollout)) for term in readers}
     now = read(players, rollout, plan, temperature=temperature, full_kl=full_kl)
     reference_BR = torch.zeros_like(now.logprobs_BR)
     for micro in (m for group in plan for m in group):
         index, width = torch.tensor(micro.rows), micro.batch.response_width
-        logprobs_BT = players.reference(micro.batch, temperature=temperature).logprobs_BT
+        with clock("score/reference", players.reference.work(micro.batch)):
+            logprobs_BT = players.reference(micro.batch, temperature=temperature).logprobs_BT
         reference_BR[index, :width] = at_responses(logprobs_BT, micro.batch).cpu()
         for term in readers:
             assert isinstance(term.reward, RewardModel)
-            components[term.name][index] = term.reward.score_ids(micro.batch).cpu()
+            with clock(term.part, term.reward.scalar.work(micro.batch)):
+                components[term.name][index] = term.reward.score_ids(micro.batch).cpu()
     scored = ScoredRollouts(
         rollout, now.logprobs_BR, reference_BR, now.values_BR, weighted_sum(players.terms, components), components,
         now.bootstrap_B(rollout, bootstrap), dense_BR, now.full_kl_BR,

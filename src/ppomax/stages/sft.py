@@ -18,11 +18,12 @@ from ppomax.engine.optimiser import Optimiser, learning_rate
 from ppomax.models.load import export, load_causal_lm, load_tokenizer
 from ppomax.models.players import Policy
 from ppomax.models.trunk import trunk_states, with_states
+from ppomax.monitor.clock import step_row
 from ppomax.monitor.progress import progress
 from ppomax.rl.objectives import nll_loss
 from ppomax.stages.inputs import Tokens, compute_of, context_limit, dialogue_tokens, required, trained_of, training_of
 from ppomax.stages.session import Session, session
-from ppomax.types import TokenBatch, token_batch
+from ppomax.types import TokenBatch, Work, token_batch
 
 
 def sft(config: SFTConfig, *, resume: bool = False, fresh: bool = False) -> dict[str, Any]:
@@ -74,11 +75,11 @@ def _train(run: Session, config: SFTConfig) -> dict[str, Any]:
             order = epoch_order(len(rows), seed=config.seed, epoch=epoch)
             members = order[within * config.batch_size : (within + 1) * config.batch_size]
             began = time.perf_counter()
-            loss = _step(
+            loss, work = _step(
                 policy, optimiser, [rows[i] for i in members], None if states is None else [states[i] for i in members],
                 budget, learning_rate(step, steps, **rate(config.optim)),
             )  # fmt: skip
-            row = {"step": step, "epoch": epoch, **loss, "seconds": time.perf_counter() - began}
+            row = {"step": step, "epoch": epoch, **loss, **step_row(work, time.perf_counter() - began)}
             if heldout and (step % config.eval_every == 0 or step == steps - 1):
                 row["heldout_loss"] = mean_nll(policy, heldout, budget)
             run.append(row)
@@ -99,16 +100,18 @@ def _step(
     states: Sequence[Tensor] | None,
     budget: int,
     lr: float,
-) -> dict[str, float]:
+) -> tuple[dict[str, float], Work]:
+    """One optimiser step, and the work that it was."""
     denom = sum(sum(row.mask[1:]) for row in batch)
-    total = 0.0
+    total, work = 0.0, Work()
     for group in policy.microbatches(*_split(batch), budget=budget):
         tokens, mask_BT = packed([batch[i] for i in group], device=str(next(policy.parameters()).device))
         tokens = with_states(tokens, None if states is None else [states[i] for i in group])
+        work += policy.work(tokens, training=True, places=int(mask_BT.sum()))
         loss = nll_loss(policy(tokens, mask_BT=mask_BT).logprobs_BT, mask_BT, denom=denom)
         loss.backward()
         total += float(loss.detach())
-    return {"loss": total, "lr": lr, "grad_norm": optimiser.step(lr), "tokens": float(denom)}
+    return {"loss": total, "lr": lr, "grad_norm": optimiser.step(lr), "tokens": float(denom)}, work
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from ppomax.config import PPOConfig
 from ppomax.data.batches import epoch_order
 from ppomax.engine.averaging import MovingAverage
 from ppomax.engine.optimiser import Optimiser, learning_rate
-from ppomax.models.players import at_responses
+from ppomax.models.players import Scalar, at_responses
 from ppomax.rl.objectives import nll_loss, ratio_statistics, value_loss
 from ppomax.rl.shaping import normalise_advantages
 from ppomax.stages.inputs import Tokens
@@ -99,7 +99,8 @@ def update(
                 return totals
             if ptx and config.ptx_weight is not None and not pretraining:
                 _backward_ptx(players, ptx, step, config, totals)
-            norms = _step(players, optimisers, experience, plan[which], config, pretraining, step, total, totals)
+            with players.clock("train/step"):
+                norms = _step(players, optimisers, experience, plan[which], config, pretraining, step, total, totals)
             totals.steps += 1
             finite = all(map(math.isfinite, norms))
             failures = 0 if finite else failures + 1
@@ -180,23 +181,30 @@ def _backward(
     advantages_BR = _normalised(part, config)
     denom = float(part.rollout.mask_BR.sum())
     totals.passes += 1
-    start, moved = 0, 0.0
+    clock, start, moved = players.clock, 0, 0.0
     for micro in minibatch:
         rows = list(range(start, start + len(micro.rows)))
         start += len(rows)
         piece = part.take(rows).cut(micro.batch.response_width, str(players.compute.device))
         advantages = advantages_BR[rows, : micro.batch.response_width].to(players.compute.device)
         if not pretraining and config.objective.kind != "trpo":
-            moved += _backward_policy(players, piece, micro, advantages, config, steering, denom, totals)
+            with clock("train/policy", players.policy.work(micro.batch, training=True)):
+                moved += _backward_policy(players, piece, micro, advantages, config, steering, denom, totals)
         if players.critic is not None:
-            values = at_responses(players.critic(micro.batch).values_BT, micro.batch, before=True)
-            clip = None if pretraining else config.critic.value_clip
-            loss = value_loss(
-                values, piece.old_values_BR, piece.returns_BR, micro.batch.mask_BR, value_clip=clip, denom=denom
-            )  # fmt: skip
-            loss.backward()
-            totals.add("value_loss", float(loss.detach()))
+            with clock("train/critic", players.critic.work(micro.batch, training=True)):
+                clip = None if pretraining else config.critic.value_clip
+                totals.add("value_loss", _backward_critic(players.critic, piece, micro, clip, denom))
     return moved / denom
+
+
+def _backward_critic(critic: Scalar, piece: Experience, micro: Microbatch, clip: float | None, denom: float) -> float:
+    """Add the critic's gradient of one microbatch; returns its loss."""
+    values = at_responses(critic(micro.batch).values_BT, micro.batch, before=True)
+    loss = value_loss(
+        values, piece.old_values_BR, piece.returns_BR, micro.batch.mask_BR, value_clip=clip, denom=denom
+    )  # fmt: skip
+    loss.backward()
+    return float(loss.detach())
 
 
 def _backward_policy(
@@ -248,6 +256,7 @@ def _backward_ptx(players: Players, ptx: Sequence[Tokens], step: int, config: PP
     assert config.ptx_weight is not None
     for group in microbatches(players.policy, chosen, config.compute.tokens_per_microbatch):
         tokens, mask_BT = packed(group, device=str(players.compute.device))
-        loss = nll_loss(players.policy(tokens, mask_BT=mask_BT).logprobs_BT, mask_BT, denom=denom)
-        (config.ptx_weight * loss).backward()
-        totals.add("ptx_loss", float(loss.detach()))
+        with players.clock("train/ptx", players.policy.work(tokens, training=True, places=int(mask_BT.sum()))):
+            loss = nll_loss(players.policy(tokens, mask_BT=mask_BT).logprobs_BT, mask_BT, denom=denom)
+            (config.ptx_weight * loss).backward()
+            totals.add("ptx_loss", float(loss.detach()))
