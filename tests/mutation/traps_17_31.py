@@ -74,8 +74,10 @@ MUTATIONS = [
         20, "the ptx gradient waits for the next step", "stages/update.py",
         "            if ptx and config.ptx_weight is not None and not pretraining:\n"
         "                _backward_ptx(players, ptx, step, config, totals)\n"
-        "            norms = _step(players, optimisers, experience, plan[which], config, pretraining, step, total, totals)\n",
-        "            norms = _step(players, optimisers, experience, plan[which], config, pretraining, step, total, totals)\n"
+        '            with players.clock("train/step"):\n'
+        "                norms = _step(players, optimisers, experience, plan[which], config, pretraining, step, total, totals)\n",
+        '            with players.clock("train/step"):\n'
+        "                norms = _step(players, optimisers, experience, plan[which], config, pretraining, step, total, totals)\n"
         "            if ptx and config.ptx_weight is not None and not pretraining:\n"
         "                _backward_ptx(players, ptx, step, config, totals)\n",
         (f"{UPDATE}::test_trap_20_one_step_per_minibatch_holds_the_policy_and_the_ptx_gradient",),

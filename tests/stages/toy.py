@@ -245,7 +245,7 @@ def prepared(config: PPOConfig, reward: RewardFunction | None = None) -> Job:
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl without what may differ between two equal runs."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    volatile = ("seconds", "tokens_per_second", "peak_memory")
+    volatile = ("seconds", "tokens_per_second", "peak_", "flops_per_second", "utilisation")
     return [{k: v for k, v in row.items() if not k.startswith(volatile)} for row in rows]
 
 

@@ -9,6 +9,7 @@ import torch
 from ppomax.data.batches import epoch_order
 from ppomax.engine.randomness import uniforms_for
 from ppomax.models.players import Policy
+from ppomax.monitor.clock import Clock
 from ppomax.rollout.sampler import Distribution, sample
 from ppomax.types import Prompt, Rollout
 
@@ -40,14 +41,14 @@ def repeated(indices: Sequence[int], samples: int) -> tuple[list[int], list[int]
 def collect(
     policy: Policy, prompts: Sequence[Prompt], prompt_ids: Sequence[tuple[int, ...]], indices: Sequence[int],
     *, samples: int, iteration: int, seed: int, limit: int, distribution: Distribution, eos_ids: Sequence[int],
-    max_rows: int, progress: Callable[[int], None] | None = None, part: slice = slice(None),
+    max_rows: int, progress: Callable[[int], None] | None = None, clock: Clock | None = None, part: slice = slice(None),
 ) -> Rollout:  # fmt: skip
     """Sample `samples` responses of at most `limit` tokens for each of the given prompts; `part`: of some rows only."""
     rows, numbers = (row[part] for row in repeated(indices, samples))
     uniforms_BR = uniforms_for(seed, iteration, rows, numbers, limit)
     sampled = sample(
         policy, [prompt_ids[i] for i in rows], uniforms_BR, distribution=distribution, eos_ids=eos_ids,
-        max_rows=max_rows, progress=progress,
+        max_rows=max_rows, progress=progress, clock=clock,
     )  # fmt: skip
     lengths = [len(s.ids) for s in sampled]
     ids_BR = torch.zeros(len(rows), max(lengths), dtype=torch.long)

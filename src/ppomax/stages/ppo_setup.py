@@ -85,7 +85,8 @@ class Job:
             self.players.policy, self.prompts, self.prompt_ids, self.prompts_of(iteration),
             samples=config.samples_per_prompt, iteration=iteration, seed=config.seed,
             limit=config.sampling.max_new_tokens, distribution=self.distribution, eos_ids=self.eos_ids,
-            max_rows=config.sampling.max_rows, part=slice(*bounds[world.rank() : world.rank() + 2]),
+            max_rows=config.sampling.max_rows, clock=self.players.clock,
+            part=slice(*bounds[world.rank() : world.rank() + 2]),
         ))  # fmt: skip
 
     @property

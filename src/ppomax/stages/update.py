@@ -14,7 +14,7 @@ from ppomax.data.batches import epoch_order
 from ppomax.engine import world
 from ppomax.engine.averaging import MovingAverage
 from ppomax.engine.optimiser import Optimiser, learning_rate
-from ppomax.models.players import at_responses
+from ppomax.models.players import Scalar, at_responses
 from ppomax.rl.objectives import nll_loss, ratio_statistics, value_loss
 from ppomax.rl.shaping import normalise_advantages
 from ppomax.stages.inputs import Tokens
@@ -111,7 +111,8 @@ def update(
                 return totals
             if ptx and config.ptx_weight is not None and not pretraining:
                 _backward_ptx(players, ptx, step, config, totals)
-            norms = _step(players, optimisers, experience, plan[which], config, pretraining, step, total, totals)
+            with players.clock("train/step"):
+                norms = _step(players, optimisers, experience, plan[which], config, pretraining, step, total, totals)
             totals.steps += 1
             finite = all(map(math.isfinite, norms))
             failures = 0 if finite else failures + 1
@@ -192,23 +193,30 @@ def _backward(
     advantages_BR = _normalised(part, config)
     denom = float(part.rollout.mask_BR.sum())
     place = {row: i for i, row in enumerate(minibatch.rows)}
-    found = Totals(passes=1)
+    clock, found = players.clock, Totals(passes=1)
     for micro in minibatch.micros:
         rows = [place[row] for row in micro.rows]
         piece = part.take(rows).cut(micro.batch.response_width, str(players.compute.device))
         advantages = advantages_BR[rows, : micro.batch.response_width].to(players.compute.device)
         if not pretraining and config.objective.kind != "trpo":
-            _backward_policy(players, piece, micro, advantages, config, steering, denom, found)
+            with clock("train/policy", players.policy.work(micro.batch, training=True)):
+                _backward_policy(players, piece, micro, advantages, config, steering, denom, found)
         if players.critic is not None:
-            values = at_responses(players.critic(micro.batch).values_BT, micro.batch, before=True)
-            clip = None if pretraining else config.critic.value_clip
-            loss = micro.counts * value_loss(
-                values, piece.old_values_BR, piece.returns_BR, micro.batch.mask_BR, value_clip=clip, denom=denom
-            )  # fmt: skip
-            loss.backward()
-            found.add("value_loss", float(loss.detach()))
+            with clock("train/critic", players.critic.work(micro.batch, training=True)):
+                clip = None if pretraining else config.critic.value_clip
+                found.add("value_loss", _backward_critic(players.critic, piece, micro, clip, denom))
     totals.include(found)
     return found.sums.get("approx_kl", 0.0) / denom
+
+
+def _backward_critic(critic: Scalar, piece: Experience, micro: Microbatch, clip: float | None, denom: float) -> float:
+    """Add the critic's gradient of one microbatch; returns its loss."""
+    values = at_responses(critic(micro.batch).values_BT, micro.batch, before=True)
+    loss = micro.counts * value_loss(
+        values, piece.old_values_BR, piece.returns_BR, micro.batch.mask_BR, value_clip=clip, denom=denom
+    )  # fmt: skip
+    loss.backward()
+    return float(loss.detach())
 
 
 def _backward_policy(
@@ -261,7 +269,8 @@ def _backward_ptx(players: Players, ptx: Sequence[Tokens], step: int, config: PP
     found = Totals()
     for group, weight in passes(players.policy, chosen, config.compute.tokens_per_microbatch):
         tokens, mask_BT = packed([chosen[i] for i in group], device=str(players.compute.device))
-        loss = weight * nll_loss(players.policy(tokens, mask_BT=mask_BT).logprobs_BT, mask_BT, denom=denom)
-        (config.ptx_weight * loss).backward()
-        found.add("ptx_loss", float(loss.detach()))
+        with players.clock("train/ptx", players.policy.work(tokens, training=True, places=int(mask_BT.sum()))):
+            loss = weight * nll_loss(players.policy(tokens, mask_BT=mask_BT).logprobs_BT, mask_BT, denom=denom)
+            (config.ptx_weight * loss).backward()
+            found.add("ptx_loss", float(loss.detach()))
     totals.include(found)
