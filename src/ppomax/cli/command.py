@@ -22,7 +22,7 @@ from ppomax.cli.show import (
     show_verbs,
 )
 from ppomax.config import ReportConfig
-from ppomax.errors import DataError, Interrupted, SaveError, SetupError
+from ppomax.errors import DamagedError, DataError, Interrupted, NonFiniteError, SaveError, SetupError
 
 TRAINING = ("sft", "reward", "ppo", "quickstart")
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130
@@ -31,7 +31,8 @@ MEMORY_SETTINGS = ("compute.tokens_per_microbatch", "sampling.max_rows", "rollou
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns 0, 1 (could not save, out of memory), 2 (bad setup or data) or 130 (interrupted).
+    """Run one command. Returns 0 (done, or saved after SIGTERM), 1 (could not save, out of memory, a damaged
+    checkpoint, gradients that are no numbers), 2 (bad setup or data) or 130 (Ctrl-C).
 
     With PPOMAX_DEBUG=1 the traceback of an error is shown as well.
     """
@@ -94,11 +95,11 @@ def _explain(error: BaseException, name: str) -> int | None:
         return INTERRUPTED
     if isinstance(error, Interrupted):
         show_stopped(str(error))
-        return INTERRUPTED
+        return error.code
     if isinstance(error, SetupError | DataError):
         show_error(str(error))
         return MISUSED
-    if isinstance(error, SaveError):
+    if isinstance(error, SaveError | DamagedError | NonFiniteError):
         show_error(str(error))
         return FAILED
     if name in VERBS and _out_of_memory(error):

@@ -88,6 +88,17 @@ class SaveConfig(Schema):
 
     every: int = Field(default=50, ge=1, description="Checkpoint every N steps (PPO: iterations), and at the end.")
     keep: int = Field(default=2, ge=1, description="Newest verified checkpoints that stay.")
+    keep_best: str | None = Field(
+        default=None,
+        description="Also keep the checkpoint with the highest value of this metric (gold_mean); with a minus before"
+        " it (-heldout_loss), the lowest. None: the newest only.",
+    )
+    grace: float | None = Field(
+        default=None,
+        gt=0,
+        description="Seconds that SIGTERM leaves for finishing the step (PPO: the iteration) and saving; after them the"
+        " run stops where it is and goes on from its last checkpoint. None: finish, however long it takes.",
+    )
 
 
 class SFTConfig(Schema):

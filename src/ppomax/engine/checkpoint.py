@@ -14,7 +14,7 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -50,12 +50,14 @@ _FORMAT = "ppomax-checkpoint-1"
 
 
 def save_checkpoint(
-    folder: Path, name: str, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, keep: int = 2
-) -> Path:
+    folder: Path, name: str, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, keep: int = 2,
+    spare: Collection[str] = (),
+) -> Path:  # fmt: skip
     """Write the checkpoint `folder/name` and, once it is complete and checked, delete old ones.
 
     name: "iteration-12" or "step-300". tensors: any dtype and shape, DTensors too; with a process group every rank
-    calls this with the same names. state: JSON values only; rank 0's is kept. keep: how many stay, this one included.
+    calls this with the same names. state: JSON values only; rank 0's is kept. keep: how many stay, this one included;
+    spare: names of others that stay as well.
     Checkpoints with a higher number go as well: the run went back before them.
     Raises SaveError when the disk fails (old checkpoints are then untouched), DataError for state that is not JSON.
     """
@@ -70,7 +72,7 @@ def save_checkpoint(
         _on_rank_zero(lambda: _begin(temporary))
         _write_tensors(temporary, tensors)
         _on_rank_zero(lambda: _finish(temporary, target, tensors, state))
-    _on_rank_zero(lambda: _delete_old(folder, keep))
+    _on_rank_zero(lambda: _delete_old(folder, keep, spare))
     return target
 
 
@@ -119,15 +121,33 @@ def verify_checkpoint(path: Path) -> list[str]:
     ]
 
 
-def latest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest intact checkpoint of a folder, and what is wrong with the newer ones that were passed over."""
+def latest_checkpoint(folder: Path, *, at_most: int | None = None) -> tuple[Path | None, list[str]]:
+    """The newest intact checkpoint of a folder, and what is wrong with the newer ones that were passed over.
+
+    at_most: leave those with a higher number out.
+    """
     problems: list[str] = []
-    for path in reversed(_checkpoints(Path(folder))):
+    for path in reversed(checkpoints(Path(folder))):
+        if at_most is not None and checkpoint_number(path) > at_most:
+            continue
         found = verify_checkpoint(path)
         if not found:
             return path, problems
         problems += found
     return None, problems
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a folder by number, intact or not; temporary names do not match."""
+    found: list[Path] = []
+    with suppress(FileNotFoundError):
+        found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+    return sorted(found, key=checkpoint_number)
+
+
+def checkpoint_number(path: Path) -> int:
+    """iteration-12 → 12."""
+    return int(path.name.rsplit("-", 1)[1])
 
 
 def dry_run(folder: Path, bytes_needed: int) -> None:
@@ -214,27 +234,16 @@ def _finish(temporary: Path, target: Path, tensors: Mapping[str, Tensor], state:
     }
     write_json_atomic(temporary / "manifest.json", {"format": _FORMAT, "files": files})
     # Before the rename: a kill in between must not leave a superseded checkpoint as the newest.
-    for path in _checkpoints(target.parent):
-        if _number(path) > _number(target):
+    for path in checkpoints(target.parent):
+        if checkpoint_number(path) > checkpoint_number(target):
             shutil.rmtree(path, ignore_errors=True)
     publish(temporary, target)
 
 
-def _delete_old(folder: Path, keep: int) -> None:
-    for path in _checkpoints(folder)[:-keep]:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a folder by number; temporary names do not match."""
-    found: list[Path] = []
-    with suppress(FileNotFoundError):
-        found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
-    return sorted(found, key=_number)
-
-
-def _number(path: Path) -> int:
-    return int(path.name.rsplit("-", 1)[1])
+def _delete_old(folder: Path, keep: int, spare: Collection[str]) -> None:
+    for path in checkpoints(folder)[:-keep]:
+        if path.name not in spare:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _saved(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

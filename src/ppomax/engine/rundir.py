@@ -37,6 +37,7 @@ metrics.jsonl    one JSON object per line: the measurements, in order; all plots
 samples.jsonl    texts that the model wrote along the way, one JSON object per line
 events.out.*     the same measurements for TensorBoard
 checkpoints/     what `--resume` goes on from: weights, optimiser and counters (safetensors and JSON, with hashes)
+nonfinite/       the batch whose gradients were no numbers, where that ended the run; `ppomax replay` reads it again
 final/           the trained model in Hugging Face layout; load it with transformers, vLLM or anything that reads it
 report.html      plots and samples in one page; open it in a browser
 summary.json     the result in a few numbers; it is written last, so its presence means that the run is complete
