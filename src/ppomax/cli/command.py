@@ -9,14 +9,17 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from ppomax import __version__
+from ppomax.cli.memory import memory_message, out_of_memory
 from ppomax.cli.parse import VERBS, Invocation, expect_verb, parse, parse_recipes
 from ppomax.cli.show import (
+    show_checkpoints,
     show_difference,
     show_doctor,
     show_error,
     show_recipe,
     show_recipe_chosen,
     show_recipes,
+    show_replay,
     show_stopped,
     show_summary,
     show_verbs,
@@ -26,8 +29,6 @@ from ppomax.errors import DamagedError, DataError, Interrupted, NonFiniteError, 
 
 TRAINING = ("sft", "reward", "ppo", "quickstart")
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130
-# Settings that bound memory, in the order in which to lower them.
-MEMORY_SETTINGS = ("compute.tokens_per_microbatch", "sampling.max_rows", "rollout_batch")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -82,9 +83,10 @@ def _call(name: str, call: Invocation) -> None:
         show_recipe_chosen(name, call.recipe)
     stage = getattr(import_module(f"ppomax.stages.{name}"), name)
     result = stage(call.config, **call.options)
-    if name == "doctor":
-        show_doctor(result)
-    elif name != "chat":
+    own = {"doctor": show_doctor, "checkpoint": show_checkpoints, "replay": show_replay, "chat": lambda _: None}
+    if name in own:
+        own[name](result)
+    else:
         show_summary(call.config.run_dir, result)
 
 
@@ -102,33 +104,7 @@ def _explain(error: BaseException, name: str) -> int | None:
     if isinstance(error, SaveError | DamagedError | NonFiniteError):
         show_error(str(error))
         return FAILED
-    if name in VERBS and _out_of_memory(error):
-        show_error(f"out of memory ({_first_line(error)}). {_memory_advice(name)}")
+    if name in VERBS and out_of_memory(error):
+        show_error(memory_message(error, VERBS[name].schema))
         return FAILED
     return None
-
-
-def _is_a(error: BaseException, module: str, name: str) -> bool:
-    """isinstance without importing: an error's class can only come from a module that is loaded."""
-    loaded = sys.modules.get(module)
-    return loaded is not None and isinstance(error, getattr(loaded, name))
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    # torch's allocator for the processor raises a plain RuntimeError.
-    exhausted = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    return isinstance(error, MemoryError) or _is_a(error, "torch", "OutOfMemoryError") or exhausted
-
-
-def _memory_advice(name: str) -> str:
-    schema = VERBS[name].schema
-    known = {*schema.model_fields}
-    for group, field in schema.model_fields.items():
-        known |= {f"{group}.{key}" for key in getattr(field.annotation, "model_fields", {})}
-    flags = [f"--{setting.replace('_', '-')}" for setting in MEMORY_SETTINGS if setting in known]
-    return f"Lower {', '.join(flags)}, or free some memory" if flags else "Free some memory and start again"
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from ppomax.config import ModelConfig, PPOConfig
 from ppomax.models.load import Compute, load_causal_lm, load_scalar_lm, load_tokenizer, same_vocabulary
 from ppomax.models.players import Policy, Scalar
 from ppomax.models.share import share_frozen, share_trunk
-from ppomax.rewards.callables import RewardFunction, function_name, load_function
+from ppomax.rewards.callables import RewardFunction, function_name, limited, load_function
 from ppomax.rewards.mixture import Term, is_function, parse_terms
 from ppomax.rewards.model import RewardModel
 from ppomax.stages.inputs import training_of
@@ -44,6 +44,11 @@ def load_players(config: PPOConfig, compute: Compute, tokenizer: Any, reward: Re
     terms = [Term(function_name(reward), 1.0, reward)] if reward is not None else load_terms(
         config.reward, tokenizer, compute, config.compute
     )  # fmt: skip
+    terms = [
+        t if isinstance(t.reward, RewardModel)
+        else replace(t, reward=limited(t.reward, config.reward_timeout, name=t.name))
+        for t in terms
+    ]  # fmt: skip
     policy = Policy(load_causal_lm(config.policy, compute), trained=True, **training_of(config.compute, config.seed))
     critic = _load_critic(config, config.critic.init, compute, tokenizer, terms) if config.critic.init else None
     frozen = config.reference or config.policy

@@ -38,7 +38,6 @@ from ppomax.types import SetupError
 
 # Settings that may differ between a run and its resumption: they do not change the result.
 NEUTRAL = ("run_dir", "save", "compute.device", "reward_timeout", "fresh")
-NONFINITE_IN_A_ROW = 5
 NONFINITE = "nonfinite"
 
 # What a stopped run ends with: 130 as shells expect of Ctrl-C; 0 for a scheduler, to which anything else is a failure.
@@ -109,9 +108,10 @@ class Session:
         if beyond:
             problems = [f"{self.run.metrics}: found {rows} rows, fewer than {', '.join(beyond)} had", *problems]
         for problem in problems:
-            self.console.print(f"passed over a damaged checkpoint: {problem}", style="yellow", markup=False)
+            said = f"passed over a damaged checkpoint: {problem}"
+            self.console.print(said, style="yellow", markup=False, soft_wrap=True)
         if path is None and problems:
-            cause = "the log ends before every intact checkpoint; restore it or" if beyond else "no checkpoint is intact;"
+            cause = "the log ends before any intact checkpoint; restore it or" if beyond else "no checkpoint is intact;"
             raise SetupError(f"{self.run.checkpoints}: {cause} start over with --fresh")
         return path
 
@@ -154,7 +154,9 @@ class Session:
         key, sign = self.save.keep_best.removeprefix("-"), -1 if self.save.keep_best.startswith("-") else 1
         rows = {row[self.unit]: row.get(key) for row in read_metrics(self.run.metrics)}
         names = {*new, *(path.name for path in checkpoints(self.run.checkpoints))}
-        judged = [(sign * value, name) for name in names if (value := rows.get(checkpoint_number(Path(name)))) is not None]
+        judged = [
+            (sign * value, name) for name in names if (value := rows.get(checkpoint_number(Path(name)))) is not None
+        ]
         return [max(judged)[1]] if judged else []
 
     def finish(self, export: Callable[[Path], None], summary: Mapping[str, Any]) -> dict[str, Any]:
