@@ -177,7 +177,7 @@ def test_names_in_data_become_neither_paths_nor_commands(tmp_path: Path, monkeyp
     words = f"--data pairs.jsonl --heldout 0.3 {SHORT}".split()
     assert main(["reward", "--model", "tiny", "--max-steps", "2", "--min-prompts", "1", *words]) == 0
     prompts = f"--prompts pairs.jsonl --policy tiny --iterations 1 --rollout-batch 8 --minibatch 8 {SHORT}".split()
-    settings = ["--critic.pretrain-iterations", "0", "--sampling.max-new-tokens", "4", "--score.by-source", "True"]
+    settings = ["--critic.pretrain-iterations", "0", "--sampling.max-new-tokens", "4", "--score.by-source"]
     assert main(["ppo", "--reward", "runs/reward/final", *prompts, *settings]) == 0
     assert sorted(path.name for path in here.iterdir()) == ["pairs.jsonl", "runs"]
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["er"]

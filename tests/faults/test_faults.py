@@ -24,7 +24,7 @@ def stopped(words: Words, one_thread: None, tmp_path_factory: pytest.TempPathFac
     """A run that was stopped after some of its six iterations, with all its checkpoints."""
     folder = tmp_path_factory.mktemp("stopped")
     running = Command(words("ppo", folder / "run", *LENGTH, "--save.keep", "9"), folder / "log")
-    running.wait_for(lambda: rows_in(folder / "run" / "metrics.jsonl") >= 3)
+    running.wait_for(lambda: (folder / "run" / "checkpoints" / "iteration-2").exists())
     running.stop(signal.SIGKILL)
     yield folder / "run"
     Command.end_all()
@@ -102,7 +102,7 @@ def test_a_log_that_lost_rows_sends_the_run_back_to_where_it_is_whole(
 def test_a_log_that_is_gone_is_not_made_up(copied: Path, words: Words, capsys: pytest.CaptureFixture[str]) -> None:
     (copied / "metrics.jsonl").unlink()
     assert main([*words("ppo", copied, *LENGTH), "--resume"]) == 2
-    assert "the log ends before every intact checkpoint; restore it or start over" in " ".join(
+    assert "the log ends before any intact checkpoint; restore it or start over" in " ".join(
         capsys.readouterr().err.split()
     )
 

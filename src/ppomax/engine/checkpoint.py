@@ -15,6 +15,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -36,6 +37,7 @@ from ppomax.engine.durable import (
     publish,
     settle,
     size_text,
+    sync_folder,
     write_json_atomic,
     write_text_atomic,
 )
@@ -43,8 +45,8 @@ from ppomax.types import DataError, SetupError
 
 JSON: TypeAlias = "dict[str, JSON] | list[JSON] | str | int | float | bool | None"
 
-# safetensors builds a whole file in memory before it writes it, so a file stays small.
-FILE_BYTES = 128 * 1024**2
+# safetensors builds a whole file in memory before it writes it, so a file stays small: it also costs less time.
+FILE_BYTES = 32 * 1024**2
 _NAME = re.compile(r"[A-Za-z][A-Za-z_]*-\d+")
 _FORMAT = "ppomax-checkpoint-1"
 
@@ -204,7 +206,8 @@ def _write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
         if filled and filled + size > FILE_BYTES:
             number, filled = number + 1, 0
         file_of[name], filled = number, filled + size
-    writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=file_of, save_distributed=True)
+    writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=file_of, save_distributed=True, thread_count=2)
+    writer.sync_files = False  # `_finish` does, while it reads the files for their hashes
     _quietly(lambda: dcp.save(_writable(tensors), storage_writer=writer))
 
 
@@ -229,9 +232,11 @@ def _finish(temporary: Path, target: Path, tensors: Mapping[str, Tensor], state:
     problems = _differences(wanted, _saved(temporary))
     if problems:
         raise SaveError(f"{target}: the files read back differ from what was written: {'; '.join(problems[:3])}")
-    files = {
-        file.name: {"size": file.stat().st_size, "sha256": file_hash(file)} for file in sorted(temporary.iterdir())
-    }
+    written = sorted(temporary.iterdir())
+    with ThreadPoolExecutor(2) as pool:
+        synced = pool.map(sync_folder, written)
+        files = {file.name: {"size": file.stat().st_size, "sha256": file_hash(file)} for file in written}
+        list(synced)
     write_json_atomic(temporary / "manifest.json", {"format": _FORMAT, "files": files})
     # Before the rename: a kill in between must not leave a superseded checkpoint as the newest.
     for path in checkpoints(target.parent):
