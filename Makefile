@@ -18,7 +18,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-inp
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-fast check mutate bench bench-reward bench-sft golden clean
+.PHONY: help venv quickstart test test-fast test-faults check mutate bench bench-reward bench-sft golden clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z -]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -53,7 +53,10 @@ test: $(INSTALLED) ## all tests
 	@$(PYTEST) $(ARGS)
 
 test-fast: $(INSTALLED) ## all tests but the slow ones
-	@$(PYTEST) -m "not slow" $(ARGS)
+	@$(PYTEST) -m "not slow and not faults" $(ARGS)
+
+test-faults: $(INSTALLED) ## runs that are killed dozens of times and go on exactly; minutes
+	@$(PYTEST) -m faults -rP --durations 5 tests/faults $(ARGS)
 
 # The tests of random state import torch and transformers, seconds that belong to `make test`.
 check: $(INSTALLED) ## lint, format, types, layers of imports: under 30 seconds

@@ -250,7 +250,7 @@ MUTATIONS = [
         30, "old checkpoints go before the new one is written", "engine/checkpoint.py",
         "        first(lambda: _begin(temporary))\n",
         "        first(lambda: _begin(temporary))\n"
-        "        for path in _checkpoints(folder)[: len(_checkpoints(folder)) - keep + 1]:\n"
+        "        for path in checkpoints(folder)[: len(checkpoints(folder)) - keep + 1]:\n"
         "            shutil.rmtree(path)\n",
         (f"{CHECKPOINT}::test_trap_30_a_save_that_fails_leaves_the_only_checkpoint",),
     ),
