@@ -206,8 +206,9 @@ def _write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
         if filled and filled + size > FILE_BYTES:
             number, filled = number + 1, 0
         file_of[name], filled = number, filled + size
-    writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=file_of, save_distributed=True, thread_count=2)
-    writer.sync_files = False  # `_finish` does, while it reads the files for their hashes
+    writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=file_of, save_distributed=True)
+    # One process syncs its files in `_finish`, while it reads them; several may stand on several machines.
+    writer.sync_files = dist.is_available() and dist.is_initialized()
     _quietly(lambda: dcp.save(_writable(tensors), storage_writer=writer))
 
 
