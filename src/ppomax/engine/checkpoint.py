@@ -27,6 +27,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
+from ppomax.engine import world
 from ppomax.engine.durable import (
     TEMPORARY,
     SaveError,
@@ -92,7 +93,10 @@ def load_checkpoint(
     saved = _saved(path)
     if into is None:
         given = like or {}
-        into = {name: given.get(name, torch.empty(shape, dtype=dtype)) for name, (shape, dtype) in saved.items()}
+        into = {
+            name: given[name] if name in given else torch.empty(shape, dtype=dtype)
+            for name, (shape, dtype) in saved.items()
+        }
     problems = _differences({name: (tuple(t.shape), t.dtype) for name, t in into.items()}, saved)
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
@@ -208,8 +212,9 @@ def _write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
         if filled and filled + size > FILE_BYTES:
             number, filled = number + 1, 0
         file_of[name], filled = number, filled + size
-    writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=file_of, save_distributed=True, thread_count=2)
-    writer.sync_files = False  # `_finish` does, while it reads the files for their hashes
+    writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=file_of, save_distributed=True)
+    # One process syncs its files in `_finish`, while it reads them; several may stand on several machines.
+    writer.sync_files = world.size() > 1
     _quietly(lambda: dcp.save(_writable(tensors), storage_writer=writer))
 
 
