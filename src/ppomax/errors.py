@@ -17,3 +17,7 @@ class SaveError(OSError):
 
 class Interrupted(Exception):
     """The run was asked to stop and has saved; the message says how to go on."""
+
+
+class ProcessLost(RuntimeError):
+    """Another process of the run did not arrive where all meet; the message says where, and which ones are missing."""

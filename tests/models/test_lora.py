@@ -59,7 +59,7 @@ def test_the_formula_by_hand() -> None:
     policy = Policy(tiny(), train_layers=None, trained=True, lora=LORA)
     trained = moved(policy)
     original = dict(tiny().named_parameters())
-    merged = merged_state(policy.model)
+    merged = merged_state(policy.model, policy.model.state_dict())
     assert merged.keys() == tiny().state_dict().keys()
     for name, tensor in merged.items():
         stem = name.removesuffix(".weight")

@@ -58,9 +58,9 @@ MUTATIONS = [
     ),
     Mutation(
         19, "the update averages the means of microbatches", "stages/update.py",
-        "moved += _backward_policy(players, piece, micro, advantages, config, steering, denom, totals)",
-        "own = float(micro.batch.mask_BR.sum()) * len(minibatch)\n"
-        "            moved += _backward_policy(players, piece, micro, advantages, config, steering, own, totals)",
+        "_backward_policy(players, piece, micro, advantages, config, steering, denom, found)",
+        "own = float(micro.batch.mask_BR.sum()) * len(minibatch.micros)\n"
+        "            _backward_policy(players, piece, micro, advantages, config, steering, own, found)",
         (f"{UPDATE}::test_trap_16_and_19_the_size_of_microbatches_changes_nothing[False]",),
     ),
     Mutation(
@@ -84,8 +84,8 @@ MUTATIONS = [
     ),
     Mutation(
         21, "the gradient norm is that of the largest parameter", "engine/optimiser.py",
-        "return float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0",
-        "return max((float(g.norm()) for g in gradients), default=0.0)",
+        "norm = torch.nn.utils.get_total_norm(gradients)",
+        "norm = max(g.norm() for g in gradients)",
         (f"{OPTIMISER}::test_trap_21_the_clip_is_global_over_all_parameters",),
     ),
     Mutation(
@@ -248,8 +248,8 @@ MUTATIONS = [
     ),
     Mutation(
         30, "old checkpoints go before the new one is written", "engine/checkpoint.py",
-        "        _on_rank_zero(lambda: _begin(temporary))\n",
-        "        _on_rank_zero(lambda: _begin(temporary))\n"
+        "        first(lambda: _begin(temporary))\n",
+        "        first(lambda: _begin(temporary))\n"
         "        for path in _checkpoints(folder)[: len(_checkpoints(folder)) - keep + 1]:\n"
         "            shutil.rmtree(path)\n",
         (f"{CHECKPOINT}::test_trap_30_a_save_that_fails_leaves_the_only_checkpoint",),

@@ -37,7 +37,7 @@ from ppomax.rollout.collect import response_texts
 from ppomax.stages.estimate import History, estimate, seen
 from ppomax.stages.ppo import ppo
 from ppomax.stages.ppo_setup import Job, prepare
-from ppomax.stages.scoring import Microbatch, TokenStatistics, plan_minibatches, score
+from ppomax.stages.scoring import Minibatch, TokenStatistics, plan_minibatches, score
 from ppomax.stages.session import session
 from ppomax.types import Experience, ScoredRollouts
 
@@ -238,9 +238,7 @@ def recipe_settings(name: str, optim: OptimConfig) -> dict[str, Any]:
 
 def prepared(config: PPOConfig, reward: RewardFunction | None = None) -> Job:
     """The job of a PPO run before its first iteration."""
-    with session(
-        "ppo", config, run_dir=config.run_dir, save=config.save, unit="iteration", resume=False, fresh=False
-    ) as run:
+    with session("ppo", config, unit="iteration", resume=False, fresh=False) as run:
         return prepare(run, config, reward)
 
 
@@ -278,7 +276,7 @@ class FirstIteration:
     """What iteration 0 of a run is made of, up to the update."""
 
     texts: list[str]
-    plan: list[list[Microbatch]]
+    plan: list[Minibatch]
     scored: ScoredRollouts
     statistics: TokenStatistics
     seen: History

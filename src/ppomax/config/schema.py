@@ -57,6 +57,17 @@ class ModelConfig(Schema):
         ge=16,
         description="Tokens of one forward-backward pass, padding included. Bounds memory, not the result.",
     )
+    shard: Literal["zero2", "zero3"] = Field(
+        default="zero3",
+        description="With several processes: what a pass gathered goes back after the forward pass (zero3, less memory)"
+        " or after the backward pass (zero2, less traffic; the reference and the reward model stay whole).",
+    )
+    offload: bool = Field(
+        default=False, description="With several processes: master weights and moments in the host's memory."
+    )
+    wait_minutes: float = Field(
+        default=30, gt=0, description="With several processes: how long one waits for another before it gives up."
+    )
     chat_template: str | None = Field(
         default=None, description="chatml, role-tags, or a Jinja file, for a tokenizer without a template of its own."
     )

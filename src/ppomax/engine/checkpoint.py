@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -39,6 +38,7 @@ from ppomax.engine.durable import (
     write_json_atomic,
     write_text_atomic,
 )
+from ppomax.engine.world import first
 from ppomax.types import DataError, SetupError
 
 JSON: TypeAlias = "dict[str, JSON] | list[JSON] | str | int | float | bool | None"
@@ -67,26 +67,28 @@ def save_checkpoint(
     folder = Path(folder)
     temporary, target = folder / f"{TEMPORARY}{name}", folder / name
     with disk_errors(target, needed=_bytes(tensors), temporary=temporary):
-        _on_rank_zero(lambda: _begin(temporary))
+        first(lambda: _begin(temporary))
         _write_tensors(temporary, tensors)
-        _on_rank_zero(lambda: _finish(temporary, target, tensors, state))
-    _on_rank_zero(lambda: _delete_old(folder, keep))
+        first(lambda: _finish(temporary, target, tensors, state))
+    first(lambda: _delete_old(folder, keep))
     return target
 
 
 def load_checkpoint(
-    path: Path, *, into: Mapping[str, Tensor] | None = None
+    path: Path, *, into: Mapping[str, Tensor] | None = None, like: Mapping[str, Tensor] | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and state of a checkpoint, after its sizes and hashes were verified.
 
     into: tensors (or DTensors of any sharding) that are filled in place; names, shapes and dtypes must be those of
-    the checkpoint, exactly. None: new full tensors on the CPU. Raises DataError naming what is damaged or different.
+    the checkpoint, exactly. None: new tensors, those of `like` where it has the name (DTensors: each process then reads
+    its own shards), else whole ones on the CPU. Raises DataError naming what is damaged or different.
     """
     path = Path(path)
-    _on_rank_zero(lambda: _expect_valid(path))
+    first(lambda: _expect_valid(path))
     saved = _saved(path)
     if into is None:
-        into = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in saved.items()}
+        given = like or {}
+        into = {name: given.get(name, torch.empty(shape, dtype=dtype)) for name, (shape, dtype) in saved.items()}
     problems = _differences({name: (tuple(t.shape), t.dtype) for name, t in into.items()}, saved)
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
@@ -139,7 +141,7 @@ def dry_run(folder: Path, bytes_needed: int) -> None:
     probe: Path | None = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}probe-", dir=folder))
+        probe = first(lambda: Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}probe-", dir=folder)))
         save_checkpoint(probe, "probe-0", {"probe": torch.arange(1024)}, {})
     except OSError as error:
         reason = error.__cause__.strerror if isinstance(error.__cause__, OSError) else error.strerror
@@ -299,18 +301,3 @@ def _quietly(work: Callable[[], Any]) -> None:
     except CheckpointException as wrapper:
         failure, _ = next(iter(wrapper.failures.values()))
         raise failure from None
-
-
-def _on_rank_zero(work: Callable[[], None]) -> None:
-    """Run `work` on rank 0 while the others wait; its failure is raised on every rank."""
-    if not (dist.is_available() and dist.is_initialized()):
-        return work()
-    outcome: list[Exception | None] = [None]
-    if dist.get_rank() == 0:
-        try:
-            work()
-        except Exception as error:
-            outcome[0] = error
-    dist.broadcast_object_list(outcome)
-    if outcome[0] is not None:
-        raise outcome[0]

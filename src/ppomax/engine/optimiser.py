@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 
 def learning_rate(
@@ -64,9 +65,12 @@ class Optimiser:
         return collect
 
     def gradient_norm(self) -> float:
-        """The global L2 norm of the accumulated gradient."""
+        """The global L2 norm of the accumulated gradient, over all processes."""
         gradients = [m.grad for m in self.masters.values() if m.grad is not None]
-        return float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+        if not gradients:
+            return 0.0
+        norm = torch.nn.utils.get_total_norm(gradients)
+        return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
     @torch.no_grad()
     def step(self, lr: float) -> float:
@@ -113,6 +117,14 @@ class Optimiser:
             for key, value in self.adamw.state.get(master, {}).items():
                 tensors[f"{key}.{name}"] = value
         return tensors
+
+    def empty_state(self) -> dict[str, Tensor]:
+        """Tensors like those of `state_tensors` once the moments exist, for a checkpoint to be read into."""
+        empty: dict[str, Tensor] = {}
+        for name, master in self.masters.items():
+            empty[f"master.{name}"] = torch.empty_like(master.detach())
+            empty |= {f"{key}.{name}": torch.empty_like(master.detach()) for key in ("exp_avg", "exp_avg_sq")}
+        return empty
 
     @torch.no_grad()
     def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from ppomax.data.chat import prepare_tokenizer
+from ppomax.engine import world
 from ppomax.models.attention import attention_for
 from ppomax.models.embedded import embedded_directory
 from ppomax.models.lora import ADAPTER, has_adapters, merged_state, save_adapter
@@ -141,13 +143,38 @@ def scalar_head(model: nn.Module) -> nn.Linear:
 
 
 def export(model: nn.Module, tokenizer: Any, folder: Path) -> None:
-    """Write model and tokenizer in the Hugging Face layout, safetensors only; adapters are merged."""
+    """Write model and tokenizer in the Hugging Face layout, safetensors only; adapters are merged.
+
+    Where processes share the model, all of them call this, and the first one writes.
+    """
+    state = whole_state(model)
+    if not world.is_first():
+        return
     if has_adapters(model):
-        model.save_pretrained(folder, state_dict=merged_state(model), safe_serialization=True)  # type: ignore[operator]
-        save_adapter(model, folder / ADAPTER)
-    else:
-        model.save_pretrained(folder, safe_serialization=True)  # type: ignore[operator]
+        save_adapter(model, state, folder / ADAPTER)
+        state = merged_state(model, state)
+    precision = model.config.dtype  # type: ignore[union-attr]
+    model.save_pretrained(folder, state_dict=state, safe_serialization=True)  # type: ignore[operator]
+    if world.size() > 1:  # transformers writes the precision of the shards
+        model.config.dtype = precision  # type: ignore[union-attr]
+        model.config.save_pretrained(folder)  # type: ignore[operator, union-attr]
     tokenizer.save_pretrained(folder)
+
+
+def whole_state(model: nn.Module) -> dict[str, Tensor]:
+    """The model's tensors by name. Sharded ones are gathered in the first process's memory, in the precision that the
+    model computes in; other processes get an empty dict."""
+    named = model.state_dict(keep_vars=True)
+    if not any(isinstance(tensor, DTensor) for tensor in named.values()):
+        return {name: tensor.detach() for name, tensor in named.items()}
+    gathered: dict[int, Tensor] = {}  # tied weights are one tensor, and stay one
+    for tensor in named.values():
+        if id(tensor) not in gathered:
+            full = tensor.detach()
+            full = full.full_tensor() if isinstance(full, DTensor) else full
+            full = full.to("cpu", model.config.dtype if full.is_floating_point() else None)  # type: ignore[union-attr]
+            gathered[id(tensor)] = full if world.is_first() else full.new_empty(0)
+    return {name: gathered[id(tensor)] for name, tensor in named.items()} if world.is_first() else {}
 
 
 def export_scalar(model: nn.Module, tokenizer: Any, folder: Path) -> None:

@@ -48,33 +48,36 @@ def has_adapters(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def merged_state(model: nn.Module) -> dict[str, Tensor]:
-    """The model's tensors under their names without adapters, W + (alpha / rank)·B·A in place of W. Changes nothing."""
+def merged_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of `state` under their names without adapters, W + (alpha / rank)·B·A in place of W."""
     layers = {name: module for name, module in model.named_modules() if hasattr(module, "base_layer")}
     merged = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in state.items():
         if ".lora_" in name:
             continue
         owner, _, kind = name.partition(".base_layer.")
         if owner in layers and kind == "weight":
             layer: Any = layers[owner]
             (adapter,) = layer.active_adapters
-            tensor = (tensor.float() + layer.get_delta_weight(adapter).float()).to(tensor.dtype)
+            low = [state[f"{owner}.lora_{side}.{adapter}.weight"].float() for side in "BA"]
+            change = layer.scaling[adapter] * (low[0] @ low[1])
+            change = change.T if getattr(layer, "fan_in_fan_out", False) else change
+            tensor = (tensor.float() + change).to(tensor.dtype)
         merged[f"{owner}.{kind}" if kind else name] = tensor
     return merged
 
 
-def save_adapter(model: Any, folder: Path) -> None:
+def save_adapter(model: Any, state: Mapping[str, Tensor], folder: Path) -> None:
     """The adapters alone, in PEFT's layout, with the score head of a reward model: `PeftModel.from_pretrained` reads
-    them onto the model that the run started from."""
+    them onto the model that the run started from. state: all tensors of the model."""
     peft = _peft()
-    tensors: Mapping[str, Tensor] = peft.get_peft_model_state_dict(model)
+    tensors: Mapping[str, Tensor] = peft.get_peft_model_state_dict(model, state_dict=dict(state))
     config = next(iter(model.peft_config.values()))
     config.base_model_name_or_path = model.name_or_path
     config.task_type = "CAUSAL_LM"
     if isinstance(getattr(model, "score", None), nn.Linear):
         config.task_type, config.modules_to_save = "SEQ_CLS", ["score"]
-        tensors = {**tensors, "score.weight": model.score.weight}
+        tensors = {**tensors, "score.weight": state["score.weight"]}
     folder.mkdir(parents=True, exist_ok=True)
     config.save_pretrained(str(folder))
     save_file(

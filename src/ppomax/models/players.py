@@ -6,8 +6,8 @@ Every player computes float32 results from response positions only; no [B, T, V]
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -63,6 +63,8 @@ class Player(nn.Module):
             if not split_is_exact(self.base, count - train_layers):
                 raise SetupError(f"train_layers: {type(model).__name__} cannot be split into layers; leave it None")
         self.packs = packing_is_exact(self.base)
+        # Where processes share the parameters (models/shard.py): all of them, gathered for the time of a block.
+        self.gathered: Callable[[], AbstractContextManager[None]] = nullcontext
         if trained:
             self._unfreeze(lora)
         if checkpointing and trained:
@@ -188,11 +190,13 @@ class Policy(Player):
 
     @contextmanager
     def decoding(self) -> Iterator[None]:
-        """Evaluation mode while responses are sampled: in train mode gradient checkpointing would drop the cache."""
+        """Evaluation mode while responses are sampled (in train mode gradient checkpointing would drop the cache), with
+        all parameters at hand: processes decode different numbers of tokens."""
         training = self.model.training
         self.model.eval()
         try:
-            yield
+            with self.gathered():
+                yield
         finally:
             self.model.train(training)
 

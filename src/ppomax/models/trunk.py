@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from ppomax.engine import world
 from ppomax.models.players import Player
 from ppomax.types import TokenBatch, token_batch
 
@@ -15,12 +16,13 @@ LARGEST_BYTES = 2 * 2**30
 def trunk_states(
     player: Player, prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], *, budget: int
 ) -> list[Tensor] | None:
-    """States [T, H] of every row (prompt + response ids), or None: nothing is frozen, or they would take over 2 GiB.
+    """States [T, H] of every row (prompt + response ids), or None: nothing is frozen, they would take over 2 GiB, or
+    several processes share the rows, each in another order in every epoch.
 
     The microbatches depend on the rows alone, so that a resumed run sees the same numbers bit for bit.
     """
     weight = player.base.get_input_embeddings().weight
-    if player.train_layers is None:
+    if player.train_layers is None or world.size() > 1:
         return None
     if sum(map(len, (*prompts, *responses))) * weight.shape[1] * weight.element_size() > LARGEST_BYTES:
         return None

@@ -22,13 +22,16 @@ class Advance(Protocol):
 
 @contextmanager
 def progress(
-    label: str, total: int, *, done: int = 0, unit: str = "steps", file: TextIO | None = None
+    label: str, total: int, *, done: int = 0, unit: str = "steps", file: TextIO | None = None, quiet: bool = False
 ) -> Iterator[Advance]:
     """`with progress("ppo", 100) as advance:` shows a bar on a terminal.
 
     Elsewhere it prints a line at most every 10 seconds, and one at the end. `done` counts what was there before (a
-    resumed run): it does not enter the rate. `file` is stderr unless given.
+    resumed run): it does not enter the rate. `file` is stderr unless given. quiet: show nothing.
     """
+    if quiet:
+        yield _nothing
+        return
     console = Console(file=file or sys.stderr)
     shown = _bar if console.is_terminal else _lines
     with shown(console, label, total, done, unit) as advance:
@@ -84,6 +87,10 @@ def _lines(console: Console, label: str, total: int, done: int, unit: str) -> It
         yield advance
     finally:
         show(time.monotonic())
+
+
+def _nothing(amount: int = 1, note: str = "") -> None:
+    """Progress that nobody sees."""
 
 
 def _rate(amount: int, elapsed: float, unit: str) -> str:

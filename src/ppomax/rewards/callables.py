@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from ppomax.engine import world
 from ppomax.types import DataError, Message, SetupError
 
 # (prompts, responses, **columns) → one number per response, or one list of per-token numbers per response.
@@ -37,8 +38,16 @@ def call(
 ) -> tuple[list[float], list[list[float]] | None]:  # fmt: skip
     """Call a reward function and check what it gives: (one score per response, per-token rewards or None).
 
-    lengths: response lengths in tokens; a dense reward must have exactly one finite number per token.
+    lengths: response lengths in tokens; a dense reward must have exactly one finite number per token. Of several
+    processes the first one calls it, for all.
     """
+    return world.first(lambda: _called(function, prompts, responses, columns, name, lengths))
+
+
+def _called(
+    function: RewardFunction, prompts: Sequence[Sequence[Message]], responses: Sequence[str],
+    columns: Mapping[str, Sequence[Any]], name: str, lengths: Sequence[int] | None,
+) -> tuple[list[float], list[list[float]] | None]:  # fmt: skip
     given = function([list(p) for p in prompts], list(responses), **columns)
     values = _plain(given)
     if not isinstance(values, list):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ppomax.data.chat import fit_prompt, render_prompt, render_response
+from ppomax.engine import world
 from ppomax.models.players import Scalar, at_end
 from ppomax.types import Message, TokenBatch, Work, token_batch
 
@@ -50,13 +51,19 @@ class RewardModel:
         self, rows: Sequence[tuple[Sequence[int], Sequence[int]]], count: Callable[[Work], None] | None = None
     ) -> list[float]:
         """Scores of (prompt ids, response ids), in token-budget microbatches."""
-        scores = [0.0] * len(rows)
-        prompts, responses = [row[0] for row in rows], [row[1] for row in rows]
-        for members in self.scalar.microbatches(prompts, responses, budget=self.tokens_per_microbatch):
-            device = str(next(self.scalar.parameters()).device)
+        score_B = torch.zeros(len(rows))
+        device = str(next(self.scalar.parameters()).device)
+
+        def cut(part: list[int]) -> list[list[int]]:
+            sides = [[rows[i][side] for i in part] for side in (0, 1)]
+            return self.scalar.microbatches(*sides, budget=self.tokens_per_microbatch)
+
+        for members, weight in world.passes([len(prompt) + len(response) for prompt, response in rows], cut):
             batch = token_batch([rows[i][0] for i in members], [rows[i][1] for i in members], device=device)
             if count is not None:
                 count(self.scalar.work(batch))
-            for i, score in zip(members, self.score_ids(batch).tolist(), strict=True):
-                scores[i] = score
-        return scores
+            scores = self.score_ids(batch).cpu()
+            if weight:
+                score_B[members] = scores
+        world.fill(score_B)
+        return score_B.tolist()

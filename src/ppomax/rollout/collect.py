@@ -41,10 +41,10 @@ def repeated(indices: Sequence[int], samples: int) -> tuple[list[int], list[int]
 def collect(
     policy: Policy, prompts: Sequence[Prompt], prompt_ids: Sequence[tuple[int, ...]], indices: Sequence[int],
     *, samples: int, iteration: int, seed: int, limit: int, distribution: Distribution, eos_ids: Sequence[int],
-    max_rows: int, progress: Callable[[int], None] | None = None, clock: Clock | None = None,
+    max_rows: int, progress: Callable[[int], None] | None = None, clock: Clock | None = None, part: slice = slice(None),
 ) -> Rollout:  # fmt: skip
-    """Sample `samples` responses of at most `limit` tokens for each of the given prompts."""
-    rows, numbers = repeated(indices, samples)
+    """Sample `samples` responses of at most `limit` tokens for each of the given prompts; `part`: of some rows only."""
+    rows, numbers = (row[part] for row in repeated(indices, samples))
     uniforms_BR = uniforms_for(seed, iteration, rows, numbers, limit)
     sampled = sample(
         policy, [prompt_ids[i] for i in rows], uniforms_BR, distribution=distribution, eos_ids=eos_ids,

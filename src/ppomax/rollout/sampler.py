@@ -63,16 +63,16 @@ def sample(
     """
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), tuple(prompts[i])))
     results: list[Sampled | None] = [None] * len(prompts)
-    for start in range(0, len(order), max_rows):
-        rows = order[start : start + max_rows]
-        with policy.decoding():
+    with policy.decoding():
+        for start in range(0, len(order), max_rows):
+            rows = order[start : start + max_rows]
             decoded = _decode(
                 policy, [prompts[i] for i in rows], uniforms_BR[rows], distribution, set(eos_ids), clock or Clock()
             )
-        for i, sampled in zip(rows, decoded, strict=True):
-            results[i] = sampled
-        if progress is not None:
-            progress(len(rows))
+            for i, sampled in zip(rows, decoded, strict=True):
+                results[i] = sampled
+            if progress is not None:
+                progress(len(rows))
     return [r for r in results if r is not None]
 
 

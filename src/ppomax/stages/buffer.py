@@ -16,11 +16,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ppomax.config import PPOConfig
+from ppomax.engine import world
 from ppomax.stages.players import Players
-from ppomax.stages.scoring import Microbatch, plan_minibatches, read
+from ppomax.stages.scoring import Minibatch, plan_minibatches, read
 from ppomax.types import Experience, Prompt, Rollout, ScoredRollouts
 
-Part = tuple[Experience, list[list[Microbatch]]]
+Part = tuple[Experience, list[Minibatch]]
 Stacked = TypeVar("Stacked", Rollout, Experience)
 # What a checkpoint keeps of a rollout; its prompts follow from the iteration's number.
 ROLLOUT = ("response_ids_BR", "length_B", "behaviour_logprobs_BR", "truncated_B", "sample_B")
@@ -28,7 +29,7 @@ ROLLOUT = ("response_ids_BR", "length_B", "behaviour_logprobs_BR", "truncated_B"
 
 def reread(
     players: Players, kept: Iterable[ScoredRollouts], config: PPOConfig, iteration: int
-) -> list[tuple[ScoredRollouts, list[list[Microbatch]]]]:
+) -> list[tuple[ScoredRollouts, list[Minibatch]]]:
     """Older rollouts with today's log-probs and values, each with its minibatches; scores and weights' base stay."""
     again = []
     for scored in kept:
@@ -53,12 +54,16 @@ def joined(parts: Sequence[Part]) -> Part:
     width = max(experience.rollout.response_ids_BR.shape[1] for experience, _ in parts)
     plan, offset = [], 0
     for experience, minibatches in parts:
-        plan += [
-            [replace(micro, rows=tuple(offset + i for i in micro.rows)) for micro in group] for group in minibatches
-        ]
+        plan += [minibatch.moved(offset) for minibatch in minibatches]
         offset += len(experience)
     rollout = _stacked([experience.rollout for experience, _ in parts], width)
     return _stacked([experience for experience, _ in parts], width, rollout=rollout), plan
+
+
+def whole_rollout(part: Rollout) -> Rollout:
+    """The rollout of all processes, one below the other in their order."""
+    parts = world.gathered(part)
+    return part if len(parts) == 1 else _stacked(parts, max(p.response_ids_BR.shape[1] for p in parts))
 
 
 def _stacked(items: Sequence[Stacked], width: int, **given: Any) -> Stacked:

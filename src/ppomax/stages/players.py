@@ -9,6 +9,7 @@ from typing import Any
 from ppomax.config import ModelConfig, PPOConfig
 from ppomax.models.load import Compute, load_causal_lm, load_scalar_lm, load_tokenizer, same_vocabulary
 from ppomax.models.players import Policy, Scalar
+from ppomax.models.shard import loading, shard
 from ppomax.models.share import share_frozen, share_trunk
 from ppomax.monitor.clock import Clock
 from ppomax.rewards.callables import RewardFunction, function_name, load_function
@@ -52,12 +53,15 @@ def load_players(config: PPOConfig, compute: Compute, tokenizer: Any, reward: Re
     terms = [Term(function_name(reward), 1.0, reward)] if reward is not None else load_terms(
         config.reward, tokenizer, compute, config.compute
     )  # fmt: skip
-    policy = Policy(load_causal_lm(config.policy, compute), trained=True, **training_of(config.compute, config.seed))
+    trained = load_causal_lm(config.policy, loading(compute))
+    policy = shard(Policy(trained, trained=True, **training_of(config.compute, config.seed)), compute, config.compute)
     critic = _load_critic(config, config.critic.init, compute, tokenizer, terms) if config.critic.init else None
     frozen = config.reference or config.policy
     if frozen != config.policy and not same_vocabulary(load_tokenizer(frozen), tokenizer):
         raise SetupError(f"reference: {frozen} has another vocabulary than the policy {config.policy}")
     reference = Policy(load_causal_lm(frozen, compute), train_layers=layers, trained=False)
+    if config.kl.estimator != "full":  # there the policy's pass reads the reference's weights
+        reference = shard(reference, compute, config.compute)
     if layers is not None:
         share_trunk(policy, reference, roles=("policy", "reference"))
         if critic is not None:
@@ -91,6 +95,7 @@ def load_reward_model(spec: str, tokenizer: Any, compute: Compute, config: Model
     reads_ids = same_vocabulary(own, tokenizer)
     length = getattr(model.config, "max_position_embeddings", None) or 4096
     scalar = Scalar(model, train_layers=config.train_layers if reads_ids else None, trained=False)
+    scalar = shard(scalar, compute, config)
     return RewardModel(spec, scalar, own, reads_ids, config.tokens_per_microbatch, int(length))
 
 
@@ -113,8 +118,8 @@ def _load_critic(config: PPOConfig, init: str, compute: Compute, tokenizer: Any,
         name = init
         if not same_vocabulary(load_tokenizer(name), tokenizer):
             raise SetupError(f"critic.init: {name} has another vocabulary than the policy; use --critic.init policy")
-    model = load_scalar_lm(name, compute, fresh_head_seed=seed)
-    return Scalar(model, trained=True, **training_of(config.compute, config.seed))
+    model = load_scalar_lm(name, loading(compute), fresh_head_seed=seed)
+    return shard(Scalar(model, trained=True, **training_of(config.compute, config.seed)), compute, config.compute)
 
 
 def _short(spec: str, terms: list[Term]) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from ppomax.config import PPOConfig
+from ppomax.engine import world
 from ppomax.models.load import export, export_scalar
-from ppomax.monitor.progress import progress
 from ppomax.rewards.callables import RewardFunction, function_name
 from ppomax.rollout.collect import response_texts
 from ppomax.stages.buffer import joined, reread
@@ -28,9 +28,7 @@ def ppo(
     """
     if reward is not None:  # config.yaml records what the run was trained for
         config = config.model_copy(update={"reward": (function_name(reward),)})
-    with session(
-        "ppo", config, run_dir=config.run_dir, save=config.save, unit="iteration", resume=resume, fresh=fresh
-    ) as run:
+    with session("ppo", config, unit="iteration", resume=resume, fresh=fresh) as run:
         return run.finished() or train(run, config, reward)
 
 
@@ -38,8 +36,9 @@ def train(run: Session, config: PPOConfig, reward: RewardFunction | None) -> dic
     """The loop: sample, score, shape, estimate, update, log, save."""
     job = prepare(run, config, reward)
     clock = job.players.clock
-    with progress("ppo", config.iterations, done=job.start, unit="iterations") as advance:
+    with run.progress(config.iterations, done=job.start, unit="iterations") as advance:
         for iteration in job.remaining():
+            run.meet(f"iteration {iteration}")
             clock.restart()
             with clock("generate"):
                 rollout = job.roll_out(iteration)
@@ -68,6 +67,7 @@ def train(run: Session, config: PPOConfig, reward: RewardFunction | None) -> dic
             row = metrics_row(iteration, config, scored, statistics, experience, rewards_BR, totals, texts, job)
             if config.objective.penalty_target is not None:
                 row["distance_moved"] = distance_moved(job.players, experience, plan, config)
+            row = world.of_first(row)  # what is decided from it is decided alike in all processes
             row["alarms"] = raise_alarms(job.history, row)
             job.steer(row)
             run.append(row)

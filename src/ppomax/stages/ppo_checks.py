@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ppomax.config import PPOConfig
+from ppomax.engine import world
 from ppomax.types import SetupError
 
 # Value losses are compared in two windows of this many iterations.
@@ -40,6 +41,7 @@ def _expect_consistent(config: PPOConfig) -> None:
         *_advantage_conflicts(config),
         *_reward_conflicts(config),
         *_objective_conflicts(config),
+        *_process_conflicts(config),
     ):
         if wrong:
             raise SetupError(f"{name}: found {found}")
@@ -66,6 +68,16 @@ def _advantage_conflicts(config: PPOConfig) -> list[Conflict]:
          "samples_per_prompt", f"1 with baseline {config.baseline}; expected at least 2"),
         (config.advantage == "rewards_to_go" and config.baseline == "group_normalise", "baseline",
          "group_normalise with advantage rewards_to_go; expected advantage whole_return"),
+    ]  # fmt: skip
+
+
+def _process_conflicts(config: PPOConfig) -> list[Conflict]:
+    processes, prompts = world.size(), config.rollout_batch // config.samples_per_prompt
+    return [
+        (processes > prompts, "rollout_batch",
+         f"{prompts} prompts an iteration for {processes} processes; expected at least one for each"),
+        (processes > 1 and config.objective.kind == "trpo", "objective.kind",
+         f"trpo with {processes} processes, whose step looks at whole parameters; expected one process"),
     ]  # fmt: skip
 
 

@@ -8,16 +8,17 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ppomax.config import PPOConfig
 from ppomax.data.card import Part, data_card
 from ppomax.data.readers import read_dialogues
 from ppomax.data.split import by_weight, weighted_order
+from ppomax.engine import world
 from ppomax.engine.averaging import MovingAverage
 from ppomax.engine.durable import disk_errors
 from ppomax.engine.optimiser import Optimiser
-from ppomax.engine.rundir import save_final
 from ppomax.engine.speed import model_shapes, peak_rate
 from ppomax.models.load import load_tokenizer
 from ppomax.monitor.log import append_samples, read_metrics
@@ -28,7 +29,7 @@ from ppomax.rl.kl import adaptive_coefficient, penalty_coefficient
 from ppomax.rl.shaping import Moments
 from ppomax.rollout.collect import collect, eos_token_ids, iteration_prompts, repeated
 from ppomax.rollout.sampler import Distribution
-from ppomax.stages.buffer import from_tensors, tensors_of
+from ppomax.stages.buffer import from_tensors, tensors_of, whole_rollout
 from ppomax.stages.estimate import History
 from ppomax.stages.inputs import (
     Tokens,
@@ -78,14 +79,16 @@ class Job:
         return iteration_prompts(len(self.prompts), self.prompts_per_iteration, iteration, self.config.seed)
 
     def roll_out(self, iteration: int) -> Rollout:
-        """An iteration's responses, sampled from the policy as it is now."""
-        config = self.config
-        return collect(
+        """An iteration's responses, sampled from the policy as it is now; of several processes, each its prompts."""
+        config, prompts = self.config, self.prompts_per_iteration
+        bounds = [config.samples_per_prompt * (prompts * r // world.size()) for r in range(world.size() + 1)]
+        return whole_rollout(collect(
             self.players.policy, self.prompts, self.prompt_ids, self.prompts_of(iteration),
             samples=config.samples_per_prompt, iteration=iteration, seed=config.seed,
             limit=config.sampling.max_new_tokens, distribution=self.distribution, eos_ids=self.eos_ids,
             max_rows=config.sampling.max_rows, clock=self.players.clock,
-        )  # fmt: skip
+            part=slice(*bounds[world.rank() : world.rank() + 2]),
+        ))  # fmt: skip
 
     @property
     def moments(self) -> Moments:
@@ -132,8 +135,9 @@ class Job:
 
     def keep_samples(self, run: Session, rows: list[dict[str, Any]]) -> None:
         """Write the first few responses of every iteration to samples.jsonl."""
-        with disk_errors(run.run.samples):
-            append_samples(run.run.samples, rows[:SAMPLES_KEPT])
+        if world.is_first():
+            with disk_errors(run.run.samples):
+                append_samples(run.run.samples, rows[:SAMPLES_KEPT])
 
     def remaining(self) -> range:
         """The iterations still to do; none if a stop alarm had ended the run before it was interrupted."""
@@ -148,7 +152,7 @@ class Job:
         """The critic, in the layout of a sequence classifier, beside final/."""
         critic = self.players.critic
         if critic is not None:
-            save_final(run.run.path / "critic", lambda folder: write(critic.model, self.players.tokenizer, folder))
+            run.save_model(run.run.path / "critic", lambda folder: write(critic.model, self.players.tokenizer, folder))
 
     @contextmanager
     def averaged(self, run: Session, write: Any) -> Iterator[None]:
@@ -157,7 +161,7 @@ class Job:
         if average is None:
             yield
             return
-        save_final(run.run.path / "last", lambda folder: write(policy.model, self.players.tokenizer, folder))
+        run.save_model(run.run.path / "last", lambda folder: write(policy.model, self.players.tokenizer, folder))
         with average.inside(policy.trained_parameters()):
             yield
 
@@ -203,7 +207,10 @@ def prepare(run: Session, config: PPOConfig, reward: RewardFunction | None) -> J
     run.rehearse(_state_bytes(optimisers))
     run.describe(data_card(read.report, {"prompts": Part(read.prompts, [*map(len, read.ids)])}, fitted=read.fitted))
     models = [term.reward.name for term in players.terms if isinstance(term.reward, RewardModel)]
-    restored = run.restore(frozen=[config.policy, *([config.reference] if config.reference else []), *models])
+    restored = run.restore(
+        frozen=[config.policy, *([config.reference] if config.reference else []), *models],
+        empty=lambda: _empty_state(optimisers),
+    )
     if restored is not None:
         _restore(job, *restored)
         job.history = [row for row in read_metrics(run.run.metrics) if row["iteration"] < job.start]
@@ -250,6 +257,15 @@ def _optimisers(players: Players, config: PPOConfig) -> Optimisers:
         critic = Optimiser(players.critic.trained_parameters(), **adamw(config.critic.optim))
     average = None if config.ema is None else MovingAverage(policy.masters, decay=config.ema)
     return Optimisers(policy, critic, average)
+
+
+def _empty_state(optimisers: Optimisers) -> dict[str, Tensor]:
+    empty = {f"policy/{name}": t for name, t in optimisers.policy.empty_state().items()}
+    if optimisers.critic is not None:
+        empty |= {f"critic/{name}": t for name, t in optimisers.critic.empty_state().items()}
+    if optimisers.average is not None:
+        empty |= {f"average/{name}": torch.empty_like(t) for name, t in optimisers.average.means.items()}
+    return empty
 
 
 def _state_bytes(optimisers: Optimisers) -> int:

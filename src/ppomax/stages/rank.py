@@ -12,7 +12,7 @@ from ppomax.models.players import Scalar
 from ppomax.monitor.log import without_nan
 from ppomax.monitor.report import write_report
 from ppomax.stages.inputs import compute_of, context_limit, ranked_tokens, required
-from ppomax.stages.reward_report import heldout_summary, write_samples
+from ppomax.stages.reward_report import heldout_summary, sample_rows, write_samples
 from ppomax.stages.reward_scoring import expect_comparable, score_rows, scores_by
 from ppomax.stages.session import opened_run
 
@@ -35,7 +35,7 @@ def rank(config: RankConfig, *, fresh: bool = False) -> dict[str, Any]:
         scores = score_rows(model, rows, None, budget)
         other = None if config.compare is None else (config.compare, scores_by(config.compare, rows, compute, budget))
         summary = without_nan({"prompts": len(rows), **heldout_summary(rows, scores, other)})
-        write_samples(run.samples, model, rows, scores, tokenizer, step=0)
+        write_samples(run.samples, sample_rows(model, rows, scores, tokenizer, step=0))
         write_json_atomic(run.summary, summary)
         write_report(run.path)
         return summary

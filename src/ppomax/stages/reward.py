@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ppomax.config import RewardConfig
 from ppomax.data.batches import balanced_batches
+from ppomax.engine import world
 from ppomax.engine.optimiser import Optimiser, learning_rate
 from ppomax.models.load import (
     Compute,
@@ -21,16 +22,16 @@ from ppomax.models.load import (
     load_tokenizer,
 )
 from ppomax.models.players import Scalar
+from ppomax.models.shard import loading, shard
 from ppomax.models.trunk import trunk_states
 from ppomax.monitor.clock import step_row
 from ppomax.monitor.log import without_nan
-from ppomax.monitor.progress import progress
 from ppomax.rl.objectives import nll_loss
 from ppomax.rl.preference import ranking_accuracy, ranking_loss
 from ppomax.stages.inputs import RankedTokens, compute_of, context_limit, trained_of, training_of
 from ppomax.stages.reward_data import reward_rows
-from ppomax.stages.reward_report import heldout_summary, judged_pairs, write_samples
-from ppomax.stages.reward_scoring import expect_comparable, groups_of, picked, score_pairs, score_rows, scores_by
+from ppomax.stages.reward_report import heldout_summary, judged_pairs, sample_rows, write_samples
+from ppomax.stages.reward_scoring import expect_comparable, passes, picked, score_pairs, score_rows, scores_by
 from ppomax.stages.session import Session, session
 from ppomax.stages.sft import adamw, rate, schedule
 from ppomax.types import DataError, SetupError, Work
@@ -38,9 +39,7 @@ from ppomax.types import DataError, SetupError, Work
 
 def reward(config: RewardConfig, *, resume: bool = False, fresh: bool = False) -> dict[str, Any]:
     """Train a reward model on preference pairs; it is in `run_dir/final`. Returns summary.json's content."""
-    with session(
-        "reward", config, run_dir=config.run_dir, save=config.save, unit="step", resume=resume, fresh=fresh
-    ) as run:
+    with session("reward", config, unit="step", resume=resume, fresh=fresh) as run:
         return run.finished() or _train(run, config)
 
 
@@ -60,7 +59,7 @@ def _train(run: Session, config: RewardConfig) -> dict[str, Any]:
         )
     first = _epoch(rows, config, 0)
     steps = config.max_steps or max(1, round(config.epochs * len(first)))
-    model = reward_player(config.model, compute, config, trained=True)
+    model = shard(reward_player(config.model, compute, config, trained=True), compute, config.compute)
     context_limit(model.model, data.longest, "longest prompt + response")
     optimiser = Optimiser(model.trained_parameters(), **adamw(config.optim))
     size = optimiser.bytes()
@@ -83,7 +82,7 @@ def _train(run: Session, config: RewardConfig) -> dict[str, Any]:
     )
     run.rehearse(size)
     run.describe(data.card)
-    restored = run.restore(frozen=[config.model])
+    restored = run.restore(frozen=[config.model], empty=optimiser.empty_state)
     start = 0
     if restored is not None:
         optimiser.load_state_tensors(restored[0])
@@ -92,7 +91,7 @@ def _train(run: Session, config: RewardConfig) -> dict[str, Any]:
     states = _states(model, rows, config.compute.tokens_per_microbatch) if steps > len(first) else None
     held_states = _states(model, heldout, config.compute.tokens_per_microbatch)
     batches = _batches(rows, config, steps)
-    with progress("reward", steps, done=start) as advance:
+    with run.progress(steps, done=start) as advance:
         for step in range(start, steps):
             epoch, members = batches[step]
             began = time.perf_counter()
@@ -119,13 +118,14 @@ def _train(run: Session, config: RewardConfig) -> dict[str, Any]:
             theirs = (config.compare, scores_by(config.compare, data.judged, compute, budget))
         summary |= {"judged_on": "test" if data.test else "heldout"}
         summary |= without_nan(heldout_summary(data.judged, scores, theirs))
-        write_samples(run.run.samples, model, data.judged, scores, tokenizer, step=steps - 1)
+        rows_written = sample_rows(model, data.judged, scores, tokenizer, step=steps - 1)
+        world.first(lambda: write_samples(run.run.samples, rows_written))
     return run.finish(lambda folder: export_scalar(model.model, tokenizer, folder), summary)
 
 
 def reward_player(name: str, compute: Compute, config: RewardConfig, *, trained: bool) -> Scalar:
     """A scalar model on the trunk of a causal LM, with the unembedding kept where the LM term needs it."""
-    model = load_scalar_lm(name, compute, fresh_head_seed=config.seed)
+    model = load_scalar_lm(name, loading(compute), fresh_head_seed=config.seed)
     unembedding = None
     if config.lm_weight is not None and not model.config.tie_word_embeddings:  # type: ignore[union-attr]
         head = load_causal_lm(name, compute).get_output_embeddings()  # type: ignore[operator]
@@ -163,7 +163,7 @@ def _step(
     lm_tokens = sum(len(row.responses[i]) for row in batch for i in row.best)
     pairs = sum(len(row.pairs) for row in batch)
     totals = {"ranking_loss": 0.0, "lm_loss": 0.0, "accuracy": 0.0}
-    for members in groups_of(model, batch, config.compute.tokens_per_microbatch):
+    for members, weight in passes(model, batch, config.compute.tokens_per_microbatch):
         rows = [batch[i] for i in members]
         chosen_B, rejected_B, lm = score_pairs(
             model, rows, picked(states, members), with_lm=config.lm_weight is not None, count=work.append
@@ -180,10 +180,11 @@ def _step(
             logprobs_BT, mask_BT = lm
             lm_loss = nll_loss(logprobs_BT, mask_BT, denom=lm_tokens)
             loss = loss + config.lm_weight * lm_loss
-            totals["lm_loss"] += float(lm_loss.detach())
-        loss.backward()
-        totals["ranking_loss"] += float(ranking.detach())
-        totals["accuracy"] += float(ranking_accuracy(chosen_B, rejected_B)) * len(chosen_B) / pairs
+            totals["lm_loss"] += weight * float(lm_loss.detach())
+        (weight * loss).backward()
+        totals["ranking_loss"] += weight * float(ranking.detach())
+        totals["accuracy"] += weight * float(ranking_accuracy(chosen_B, rejected_B)) * len(chosen_B) / pairs
+    totals = world.summed(totals)
     loss_value = config.ranking_weight * totals["ranking_loss"] + (config.lm_weight or 0.0) * totals["lm_loss"]
     if config.lm_weight is None:
         del totals["lm_loss"]

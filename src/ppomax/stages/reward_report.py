@@ -41,10 +41,10 @@ def judged_pairs(rows: Sequence[RankedTokens], scores: Scores) -> list[JudgedPai
     ]
 
 
-def write_samples(
-    path: Path, model: Scalar, rows: Sequence[RankedTokens], scores: Scores, tokenizer: Any, *, step: int
-) -> None:
-    """samples.jsonl anew: the most wrong, the surest and the closest held-out pairs, scored token by token."""
+def sample_rows(
+    model: Scalar, rows: Sequence[RankedTokens], scores: Scores, tokenizer: Any, *, step: int
+) -> list[dict[str, Any]]:
+    """Rows of samples.jsonl: the most wrong, the surest and the closest held-out pairs, scored token by token."""
     judged = judged_pairs(rows, scores)
     places = [(row, better, worse) for row in rows for better, worse in row.pairs]
     written = []
@@ -58,6 +58,11 @@ def write_samples(
                 "reward_chosen": judged[i].score_chosen, "reward_rejected": judged[i].score_rejected,
                 "along_chosen": chosen, "along_rejected": rejected,
             })  # fmt: skip
+    return written
+
+
+def write_samples(path: Path, written: Sequence[dict[str, Any]]) -> None:
+    """samples.jsonl anew."""
     path.unlink(missing_ok=True)
     with disk_errors(path):
         append_samples(path, written)

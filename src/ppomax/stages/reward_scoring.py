@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ppomax.data.batches import prompt_batches, token_budget_batches
+from ppomax.engine import world
 from ppomax.models.load import Compute, load_scalar_lm, load_tokenizer, same_vocabulary
 from ppomax.models.players import Scalar, at_end, response_mask
 from ppomax.models.trunk import with_states
@@ -54,13 +56,16 @@ def score_rows(
     model: Scalar, rows: Sequence[RankedTokens], states: Sequence[list[Tensor]] | None, budget: int
 ) -> list[list[tuple[float, float]]]:
     """(score of chosen, of rejected) of every pair, per prompt in the given order."""
-    scores: list[list[tuple[float, float]]] = [[] for _ in rows]
-    for members in groups_of(model, rows, budget):
+    starts = [0, *accumulate(len(row.pairs) for row in rows)]
+    chosen_M, rejected_M = torch.zeros(starts[-1]), torch.zeros(starts[-1])
+    for members, weight in passes(model, rows, budget):
         chosen_B, rejected_B, _ = score_pairs(model, [rows[i] for i in members], picked(states, members), with_lm=False)
-        flat = zip(chosen_B.tolist(), rejected_B.tolist(), strict=True)
-        for i in members:
-            scores[i] = [next(flat) for _ in rows[i].pairs]
-    return scores
+        if weight:
+            places = torch.tensor([m for i in members for m in range(starts[i], starts[i + 1])])
+            chosen_M[places], rejected_M[places] = chosen_B.cpu(), rejected_B.cpu()
+    world.fill(chosen_M, rejected_M)
+    flat = zip(chosen_M.tolist(), rejected_M.tolist(), strict=True)
+    return [[next(flat) for _ in row.pairs] for row in rows]
 
 
 def scores_by(
@@ -77,6 +82,11 @@ def groups_of(model: Scalar, rows: Sequence[RankedTokens], budget: int) -> list[
         return prompt_batches([row.prompt for row in rows], [sum(row.responses, ()) for row in rows], budget=budget)
     widths = [len(row.responses) * (len(row.prompt) + max(map(len, row.responses))) for row in rows]
     return token_budget_batches(widths, budget=budget, max_rows=len(rows))
+
+
+def passes(model: Scalar, rows: Sequence[RankedTokens], budget: int) -> list[tuple[list[int], float]]:
+    """Rows of each forward pass of this process, with the pass's weight."""
+    return world.passes([len(row) for row in rows], lambda part: groups_of(model, [rows[i] for i in part], budget))
 
 
 def picked(states: Sequence[list[Tensor]] | None, members: Sequence[int]) -> list[list[Tensor]] | None:

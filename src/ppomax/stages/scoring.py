@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ppomax.data.batches import epoch_order
+from ppomax.engine import world
 from ppomax.models.players import at_end, at_responses
 from ppomax.rewards.mixture import score_texts, weighted_sum
 from ppomax.rewards.model import RewardModel
@@ -21,10 +22,28 @@ class Microbatch:
     """Some rows of a rollout as one padded batch.
 
     Scoring and training use the same ones, so that before the first update the ratio is exactly 1 in any precision.
+    counts: False for a pass that is made a second time, so that all processes make as many; its results are dropped.
     """
 
     rows: tuple[int, ...]
     batch: TokenBatch
+    counts: bool = True
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    """The rows of one optimiser step, and those of their microbatches that this process reads (alone: all of them)."""
+
+    rows: tuple[int, ...]
+    micros: tuple[Microbatch, ...]
+
+    def moved(self, offset: int) -> Minibatch:
+        """The same rows of a rollout that stands below `offset` others."""
+
+        def by(rows: tuple[int, ...]) -> tuple[int, ...]:
+            return tuple(offset + row for row in rows)
+
+        return Minibatch(by(self.rows), tuple(replace(m, rows=by(m.rows)) for m in self.micros))
 
 
 @dataclass(frozen=True)
@@ -37,26 +56,46 @@ class TokenStatistics:
 
 def plan_minibatches(
     rollout: Rollout, players: Players, *, minibatch: int, budget: int, seed: int, iteration: int
-) -> list[list[Microbatch]]:
+) -> list[Minibatch]:
     """Seeded random minibatches of `minibatch` rows, each cut into microbatches of at most `budget` tokens.
 
     Samples of one prompt stand together, so that a packed pass reads their prompt once.
     """
-    rows_of: dict[tuple[int, ...], list[int]] = {}
-    for i, prompt in enumerate(rollout.prompt_ids):
-        rows_of.setdefault(prompt, []).append(i)
-    of_prompts = list(rows_of.values())
+    of_prompts = _by_prompt(rollout, range(len(rollout)))
     order = [i for g in epoch_order(len(of_prompts), seed=seed, epoch=iteration) for i in of_prompts[g]]
     responses = rollout.responses()
     plan = []
     for start in range(0, len(order), minibatch):
         members = order[start : start + minibatch]
-        groups = players.policy.microbatches(
-            [rollout.prompt_ids[i] for i in members], [responses[i] for i in members], budget=budget
-        )
-        rows = [tuple(members[i] for i in group) for group in groups]
-        plan.append([Microbatch(r, _batch(rollout, responses, r, players)) for r in rows])
+        divided = _divided(rollout, responses, members, players, budget)
+        micros = tuple(Microbatch(rows, _batch(rollout, responses, rows, players), c) for rows, c in divided)
+        plan.append(Minibatch(tuple(members), micros))
     return plan
+
+
+def _by_prompt(rollout: Rollout, rows: Iterable[int]) -> list[list[int]]:
+    """Rows with equal prompts, together."""
+    rows_of: dict[tuple[int, ...], list[int]] = {}
+    for i in rows:
+        rows_of.setdefault(rollout.prompt_ids[i], []).append(i)
+    return list(rows_of.values())
+
+
+def _divided(
+    rollout: Rollout, responses: list[list[int]], members: list[int], players: Players, budget: int
+) -> list[tuple[tuple[int, ...], bool]]:
+    """The rows of this process's microbatches of a minibatch, prompts whole, and whether they count."""
+
+    def cut(rows: list[int]) -> list[list[int]]:
+        sides = [rollout.prompt_ids[i] for i in rows], [responses[i] for i in rows]
+        return [[rows[i] for i in group] for group in players.policy.microbatches(*sides, budget=budget)]
+
+    if world.size() == 1:
+        return [(tuple(rows), True) for rows in cut(members)]
+    prompts = _by_prompt(rollout, members)
+    sizes = [len(rollout.prompt_ids[rows[0]]) + sum(len(responses[i]) for i in rows) for rows in prompts]
+    by_process = [cut([i for prompt in part for i in prompts[prompt]]) if part else [] for part in world.shares(sizes)]
+    return [(tuple(rows), counts) for rows, counts in world.in_step(by_process)]
 
 
 def _batch(rollout: Rollout, responses: list[list[int]], rows: Sequence[int], players: Players) -> TokenBatch:
@@ -82,14 +121,12 @@ class Readings:
 
 
 @torch.no_grad()
-def read(
-    players: Players, rollout: Rollout, plan: list[list[Microbatch]], *, temperature: float, full_kl: bool
-) -> Readings:
-    """Policy and critic, as they are now, on a rollout."""
+def read(players: Players, rollout: Rollout, plan: list[Minibatch], *, temperature: float, full_kl: bool) -> Readings:
+    """Policy and critic, as they are now, on a rollout. Each process reads its rows, and all know the whole."""
     (B, R), clock = rollout.response_ids_BR.shape, players.clock
     logprobs, entropy, plain, values, exact_kl = (torch.zeros(B, R) for _ in range(5))
     after_B = torch.zeros(B)
-    for micro in (m for group in plan for m in group):
+    for micro in (m for group in plan for m in group.micros):
         index, width = torch.tensor(micro.rows), micro.batch.response_width
         against = players.reference if full_kl else None
         with clock("score/policy", players.policy.work(micro.batch)):
@@ -100,37 +137,44 @@ def read(
             (plain, scores.plain_logprobs_BT),
             (exact_kl, scores.kl_BT),
         ):
-            if source is not None:
+            if source is not None and micro.counts:
                 target[index, :width] = at_responses(source, micro.batch).cpu()
         if players.critic is not None:
             with clock("score/critic", players.critic.work(micro.batch)):
                 values_BT = players.critic(micro.batch).values_BT
-            values[index, :width] = at_responses(values_BT, micro.batch, before=True).cpu()
-            after_B[index] = at_end(values_BT, micro.batch).cpu()
+            if micro.counts:
+                values[index, :width] = at_responses(values_BT, micro.batch, before=True).cpu()
+                after_B[index] = at_end(values_BT, micro.batch).cpu()
+    world.fill(logprobs, entropy, plain, values, exact_kl, after_B)
     return Readings(logprobs, TokenStatistics(entropy, plain), values, after_B, exact_kl if full_kl else None)
 
 
 @torch.no_grad()
 def score(
-    players: Players, rollout: Rollout, plan: list[list[Microbatch]], texts: list[str], *, temperature: float,
+    players: Players, rollout: Rollout, plan: list[Minibatch], texts: list[str], *, temperature: float,
     bootstrap: bool, full_kl: bool = False,
 ) -> tuple[ScoredRollouts, TokenStatistics]:  # fmt: skip
     """Old, reference and critic readings and every reward term of a rollout; nothing is shaped yet."""
     clock = players.clock
     components, dense_BR = score_texts(players.terms, rollout, texts, clock)
     readers = [t for t in players.terms if isinstance(t.reward, RewardModel) and t.reward.reads_ids]
-    components |= {term.name: torch.zeros(len(rollout)) for term in readers}
+    read_B = {term.name: torch.zeros(len(rollout)) for term in readers}
     now = read(players, rollout, plan, temperature=temperature, full_kl=full_kl)
     reference_BR = torch.zeros_like(now.logprobs_BR)
-    for micro in (m for group in plan for m in group):
+    for micro in (m for group in plan for m in group.micros):
         index, width = torch.tensor(micro.rows), micro.batch.response_width
         with clock("score/reference", players.reference.work(micro.batch)):
             logprobs_BT = players.reference(micro.batch, temperature=temperature).logprobs_BT
-        reference_BR[index, :width] = at_responses(logprobs_BT, micro.batch).cpu()
+        if micro.counts:
+            reference_BR[index, :width] = at_responses(logprobs_BT, micro.batch).cpu()
         for term in readers:
             assert isinstance(term.reward, RewardModel)
             with clock(term.part, term.reward.scalar.work(micro.batch)):
-                components[term.name][index] = term.reward.score_ids(micro.batch).cpu()
+                score_B = term.reward.score_ids(micro.batch).cpu()
+            if micro.counts:
+                read_B[term.name][index] = score_B
+    world.fill(reference_BR, *read_B.values())
+    components |= read_B
     scored = ScoredRollouts(
         rollout, now.logprobs_BR, reference_BR, now.values_BR, weighted_sum(players.terms, components), components,
         now.bootstrap_B(rollout, bootstrap), dense_BR, now.full_kl_BR,

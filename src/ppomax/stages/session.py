@@ -7,33 +7,40 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeAlias
 
 from rich.console import Console
 from torch import Tensor
 
-from ppomax.config import SaveConfig, Schema
+from ppomax.config import PPOConfig, RewardConfig, SaveConfig, Schema, SFTConfig
 from ppomax.config.layers import plain
+from ppomax.engine import world
 from ppomax.engine.checkpoint import dry_run, latest_checkpoint, load_checkpoint, save_checkpoint
 from ppomax.engine.durable import disk_errors, write_json_atomic
 from ppomax.engine.rundir import Run, open_run, save_final
 from ppomax.errors import Interrupted
 from ppomax.monitor.log import MetricsLog, drop_rows_after
+from ppomax.monitor.progress import Advance, progress
 from ppomax.monitor.report import write_report
 from ppomax.stages.inputs import expect_same_weights, weights_hash
 from ppomax.types import SetupError
 
 # Settings that may differ between a run and its resumption: they do not change the result.
-NEUTRAL = ("run_dir", "save", "compute.device", "fresh")
+NEUTRAL = (
+    "run_dir", "save", "fresh", "compute.device", "compute.shard", "compute.offload", "compute.wait_minutes"
+)  # fmt: skip
+
+TrainingConfig: TypeAlias = SFTConfig | RewardConfig | PPOConfig
 
 
 @dataclass
 class Session:
-    """One training run in progress."""
+    """One training run in progress. Of several processes the first one writes and prints; all call the same methods."""
 
     run: Run
     save: SaveConfig
@@ -42,12 +49,13 @@ class Session:
     stop_requested: bool = False
     earlier_seconds: float = 0.0
     frozen: dict[str, str] = field(default_factory=dict)
-    console: Console = field(default_factory=lambda: Console(stderr=True, highlight=False))
+    console: Console = field(default_factory=lambda: Console(stderr=True, highlight=False, quiet=not world.is_first()))
     log: MetricsLog | None = None
+    wait_minutes: float = 30
 
     def finished(self) -> dict[str, Any] | None:
         """The summary of a run that was finished before, said so; nothing of it is done or written again."""
-        if not self.run.finished:
+        if not world.first(lambda: self.run.finished):
             return None
         self.console.print(f"{self.run.path}: already finished; --fresh starts over", markup=False, soft_wrap=True)
         return json.loads(self.run.summary.read_text(encoding="utf-8"))
@@ -60,19 +68,22 @@ class Session:
 
     def describe(self, card: Mapping[str, Any]) -> None:
         """Write data.json, the data card."""
-        write_json_atomic(self.run.data, card)
+        world.first(lambda: write_json_atomic(self.run.data, card))
 
     def rehearse(self, bytes_needed: int) -> None:
         """Dry-run the save: a disk that cannot hold the checkpoints is found before step 1."""
         dry_run(self.run.checkpoints, bytes_needed)
 
-    def restore(self, frozen: Sequence[str]) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    def restore(
+        self, frozen: Sequence[str], empty: Callable[[], Mapping[str, Tensor]]
+    ) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Tensors and state of the newest intact checkpoint, if the run goes on from one.
 
         frozen: the models whose weights the run reads but no checkpoint holds; they must be those it began with.
+        empty: tensors, sharded as the run has them, that several processes read the checkpoint's into.
         """
-        self.frozen = {name: weights_hash(name) for name in frozen}
-        path, problems = latest_checkpoint(self.run.checkpoints)
+        self.frozen = world.first(lambda: {name: weights_hash(name) for name in frozen})
+        path, problems = world.first(lambda: latest_checkpoint(self.run.checkpoints))
         for problem in problems:
             self.console.print(f"passed over a damaged checkpoint: {problem}", style="yellow", markup=False)
         if path is None and problems:
@@ -80,15 +91,25 @@ class Session:
         last = -1
         restored = None
         if path is not None:
-            restored = load_checkpoint(path)
+            restored = load_checkpoint(path, like=empty() if world.size() > 1 else None)
             for name, fingerprint in restored[1]["frozen"].items():
-                expect_same_weights("frozen model", name, fingerprint)
+                world.first(partial(expect_same_weights, "frozen model", name, fingerprint))
             last = int(restored[1][self.unit])
             self.earlier_seconds = float(restored[1].get("seconds", 0.0))
             self.console.print(f"going on from {path}", markup=False)
-        drop_rows_after(self.run.samples, last)
-        self.log = MetricsLog(self.run.metrics, self.run.path, last=last)
+        if world.is_first():
+            drop_rows_after(self.run.samples, last)
+            self.log = MetricsLog(self.run.metrics, self.run.path, last=last)
+        self.meet("start")
         return restored
+
+    def meet(self, where: str) -> None:
+        """Wait for all processes; an error names those that do not come."""
+        world.meet(f"{self.run.verb}, {where}", minutes=self.wait_minutes)
+
+    def progress(self, total: int, *, done: int, unit: str = "steps") -> AbstractContextManager[Advance]:
+        """The run's progress bar."""
+        return progress(self.run.verb, total, done=done, unit=unit, quiet=not world.is_first())
 
     def seconds(self) -> float:
         """Seconds of work so far, earlier parts of a resumed run included."""
@@ -99,12 +120,14 @@ class Session:
     ) -> None:
         """Save after `number` if it is due; after an interruption, save and raise Interrupted."""
         due = (number + 1) % self.save.every == 0 or last
-        if not due and not self.stop_requested:
+        stop = world.any_of(self.stop_requested)
+        if not due and not stop:
             return
+        self.meet(f"checkpoint of {self.unit} {number}")
         tensors, values = state()
         values = {**values, self.unit: number, "seconds": self.seconds(), "frozen": self.frozen}
         save_checkpoint(self.run.checkpoints, f"{self.unit}-{number}", tensors, values, keep=self.save.keep)
-        if self.stop_requested and not last:
+        if stop and not last:
             raise Interrupted(
                 f"stopped after {self.unit} {number} and saved in {self.run.checkpoints}. "
                 "To go on: the same command with --resume (quickstart: the same command)"
@@ -112,15 +135,28 @@ class Session:
 
     def finish(self, export: Callable[[Path], None], summary: Mapping[str, Any]) -> dict[str, Any]:
         """Write final/, summary.json and report.html."""
-        save_final(self.run.final, export)
+        self.save_model(self.run.final, export)
         result = {**summary, "wall_seconds": round(self.seconds(), 2)}
+        world.first(lambda: self._conclude(result))
+        return result
+
+    def save_model(self, folder: Path, export: Callable[[Path], None]) -> None:
+        """Write a model's directory, whole or not at all; where processes share it, all of them give their part."""
+        if world.is_first():
+            save_final(folder, export)
+        else:
+            export(folder)
+        self.meet(f"export of {folder.name}")
+
+    def _conclude(self, result: Mapping[str, Any]) -> None:
         write_json_atomic(self.run.summary, result)
         with disk_errors(self.run.report):
             write_report(self.run.path)
-        return result
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Write one row of measurements; `restore` has opened the log."""
+        if not world.is_first():
+            return
         assert self.log is not None
         with disk_errors(self.run.metrics):
             self.log.append(row)
@@ -141,11 +177,18 @@ def opened_run(
     was empty, so that the mended command needs no --fresh."""
     was_there = path.is_dir()
     was_empty = not was_there or not any(path.iterdir())
-    run = open_run(path, verb=verb, config=plain(config), resume=resume, fresh=fresh, ignore=ignore)
+    opened: list[Run] = []
+    # The first process holds the lock for all; an open file cannot be handed on.
+    world.first(
+        lambda: opened.append(
+            open_run(path, verb=verb, config=plain(config), resume=resume, fresh=fresh, ignore=ignore)
+        )
+    )
+    run = opened[0] if opened else Run(path, verb)
     try:
         yield run
     except BaseException:
-        if was_empty and not _begun(run):
+        if world.is_first() and was_empty and not _begun(run):
             shutil.rmtree(path, ignore_errors=True)
             if was_there:
                 path.mkdir(exist_ok=True)
@@ -161,12 +204,14 @@ def _begun(run: Run) -> bool:
 
 
 @contextmanager
-def session(
-    verb: str, config: Schema, *, run_dir: Path, save: SaveConfig, unit: str, resume: bool, fresh: bool
-) -> Iterator[Session]:
+def session(verb: str, config: TrainingConfig, *, unit: str, resume: bool, fresh: bool) -> Iterator[Session]:
     """Open the run directory and watch for Ctrl-C and SIGTERM: the first asks for a save, a second stops at once."""
-    with opened_run(run_dir, verb=verb, config=config, resume=resume, fresh=fresh, ignore=NEUTRAL) as run:
-        current = Session(run, save, unit)
+    minutes = config.compute.wait_minutes
+    with (
+        world.joined(minutes=minutes),
+        opened_run(config.run_dir, verb=verb, config=config, resume=resume, fresh=fresh, ignore=NEUTRAL) as run,
+    ):
+        current = Session(run, config.save, unit, wait_minutes=minutes)
         try:
             with _asking_to_stop(current):
                 yield current

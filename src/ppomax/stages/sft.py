@@ -14,12 +14,13 @@ from ppomax.data.batches import epoch_order
 from ppomax.data.card import Part, data_card
 from ppomax.data.readers import read_dialogues
 from ppomax.data.split import by_weight, split_by_key
+from ppomax.engine import world
 from ppomax.engine.optimiser import Optimiser, learning_rate
 from ppomax.models.load import export, load_causal_lm, load_tokenizer
 from ppomax.models.players import Policy
+from ppomax.models.shard import loading, shard
 from ppomax.models.trunk import trunk_states, with_states
 from ppomax.monitor.clock import step_row
-from ppomax.monitor.progress import progress
 from ppomax.rl.objectives import nll_loss
 from ppomax.stages.inputs import Tokens, compute_of, context_limit, dialogue_tokens, required, trained_of, training_of
 from ppomax.stages.session import Session, session
@@ -28,9 +29,7 @@ from ppomax.types import TokenBatch, Work, token_batch
 
 def sft(config: SFTConfig, *, resume: bool = False, fresh: bool = False) -> dict[str, Any]:
     """Fine-tune a causal LM on dialogues; the model is in `run_dir/final`. Returns summary.json's content."""
-    with session(
-        "sft", config, run_dir=config.run_dir, save=config.save, unit="step", resume=resume, fresh=fresh
-    ) as run:
+    with session("sft", config, unit="step", resume=resume, fresh=fresh) as run:
         return run.finished() or _train(run, config)
 
 
@@ -43,7 +42,10 @@ def _train(run: Session, config: SFTConfig) -> dict[str, Any]:
     heldout = dialogue_tokens(tokenizer, held, config.max_length)[0] if held else []
     per_epoch = -(-len(rows) // config.batch_size)
     steps = max(1, round(per_epoch * config.epochs))
-    policy = Policy(load_causal_lm(config.model, compute), trained=True, **training_of(config.compute, config.seed))
+    policy = Policy(
+        load_causal_lm(config.model, loading(compute)), trained=True, **training_of(config.compute, config.seed)
+    )  # fmt: skip
+    policy = shard(policy, compute, config.compute)
     context_limit(policy.model, max(len(row.ids) for row in rows), "longest dialogue")
     optimiser = Optimiser(policy.trained_parameters(), **adamw(config.optim))
     size = optimiser.bytes()
@@ -61,7 +63,7 @@ def _train(run: Session, config: SFTConfig) -> dict[str, Any]:
     run.rehearse(size)
     parts = {"learn": Part(learn, _lengths(rows)), "heldout": Part(held, _lengths(heldout))}
     run.describe(data_card(report, parts, fitted=cut))
-    restored = run.restore(frozen=[config.model])
+    restored = run.restore(frozen=[config.model], empty=optimiser.empty_state)
     start = 0
     if restored is not None:
         optimiser.load_state_tensors(restored[0])
@@ -69,7 +71,7 @@ def _train(run: Session, config: SFTConfig) -> dict[str, Any]:
     budget = config.compute.tokens_per_microbatch
     # States that are read once are not worth keeping.
     states = trunk_states(policy, *_split(rows), budget=budget) if steps > per_epoch else None
-    with progress("sft", steps, done=start) as advance:
+    with run.progress(steps, done=start) as advance:
         for step in range(start, steps):
             epoch, within = divmod(step, per_epoch)
             order = epoch_order(len(rows), seed=config.seed, epoch=epoch)
@@ -104,13 +106,14 @@ def _step(
     """One optimiser step, and the work that it was."""
     denom = sum(sum(row.mask[1:]) for row in batch)
     total, work = 0.0, Work()
-    for group in policy.microbatches(*_split(batch), budget=budget):
+    for group, weight in passes(policy, batch, budget):
         tokens, mask_BT = packed([batch[i] for i in group], device=str(next(policy.parameters()).device))
         tokens = with_states(tokens, None if states is None else [states[i] for i in group])
         work += policy.work(tokens, training=True, places=int(mask_BT.sum()))
-        loss = nll_loss(policy(tokens, mask_BT=mask_BT).logprobs_BT, mask_BT, denom=denom)
+        loss = weight * nll_loss(policy(tokens, mask_BT=mask_BT).logprobs_BT, mask_BT, denom=denom)
         loss.backward()
         total += float(loss.detach())
+    total = world.summed({"loss": total})["loss"]
     return {"loss": total, "lr": lr, "grad_norm": optimiser.step(lr), "tokens": float(denom)}, work
 
 
@@ -118,15 +121,19 @@ def _step(
 def mean_nll(policy: Policy, rows: Sequence[Tokens], budget: int) -> float:
     """Mean negative log-likelihood per counted token, nats."""
     total, denom = 0.0, sum(sum(row.mask[1:]) for row in rows)
-    for group in microbatches(policy, rows, budget):
-        tokens, mask_BT = packed(group, device=str(next(policy.parameters()).device))
-        total += float(nll_loss(policy(tokens, mask_BT=mask_BT).logprobs_BT, mask_BT, denom=denom))
-    return total
+    for group, weight in passes(policy, rows, budget):
+        tokens, mask_BT = packed([rows[i] for i in group], device=str(next(policy.parameters()).device))
+        total += weight * float(nll_loss(policy(tokens, mask_BT=mask_BT).logprobs_BT, mask_BT, denom=denom))
+    return world.summed({"nll": total})["nll"]
 
 
-def microbatches(policy: Policy, rows: Sequence[Tokens], budget: int) -> list[list[Tokens]]:
-    """Rows of similar length under a token budget."""
-    return [[rows[i] for i in group] for group in policy.microbatches(*_split(rows), budget=budget)]
+def passes(policy: Policy, rows: Sequence[Tokens], budget: int) -> list[tuple[list[int], float]]:
+    """Rows of similar length under a token budget: this process's passes, with their weights."""
+
+    def cut(part: list[int]) -> list[list[int]]:
+        return policy.microbatches(*_split([rows[i] for i in part]), budget=budget)
+
+    return world.passes(_lengths(rows), cut)
 
 
 def _lengths(rows: Sequence[Tokens]) -> list[int]:

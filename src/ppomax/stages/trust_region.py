@@ -18,7 +18,7 @@ from ppomax.models.players import Policy, at_responses
 from ppomax.rl.kl import full_kl
 from ppomax.rl.policy_objectives import surrogate_loss
 from ppomax.rl.trust_region import line_search, natural_step
-from ppomax.stages.scoring import Microbatch
+from ppomax.stages.scoring import Minibatch
 from ppomax.types import Experience
 
 SHRINK = 0.5
@@ -26,7 +26,7 @@ TOLERANCE = 1e-5
 
 
 def trust_region_step(
-    policy: Policy, optimiser: Optimiser, part: Experience, minibatch: list[Microbatch], advantages_BR: Tensor,
+    policy: Policy, optimiser: Optimiser, part: Experience, minibatch: Minibatch, advantages_BR: Tensor,
     config: PPOConfig,
 ) -> dict[str, float]:  # fmt: skip
     """Move the policy to where the line search accepts, or nowhere. Returns what the log wants to know."""
@@ -34,10 +34,9 @@ def trust_region_step(
     parameters = [p for p in optimiser.parameters.values() if p.requires_grad]
     denom = float(part.rollout.mask_BR.sum())
     device = str(parameters[0].device)
-    pieces, start = [], 0
-    for micro in minibatch:
-        rows = list(range(start, start + len(micro.rows)))
-        start += len(rows)
+    pieces, place = [], {row: i for i, row in enumerate(minibatch.rows)}
+    for micro in minibatch.micros:
+        rows = [place[row] for row in micro.rows]
         width = micro.batch.response_width
         pieces.append((micro.batch, part.take(rows).cut(width, device), advantages_BR[rows, :width].to(device)))
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ppomax.config import PPOConfig
 from ppomax.data.batches import epoch_order
+from ppomax.engine import world
 from ppomax.engine.averaging import MovingAverage
 from ppomax.engine.optimiser import Optimiser, learning_rate
 from ppomax.models.players import Scalar, at_responses
@@ -19,8 +20,8 @@ from ppomax.rl.shaping import normalise_advantages
 from ppomax.stages.inputs import Tokens
 from ppomax.stages.objective import policy_loss
 from ppomax.stages.players import Players
-from ppomax.stages.scoring import Microbatch
-from ppomax.stages.sft import microbatches, packed, rate
+from ppomax.stages.scoring import Microbatch, Minibatch
+from ppomax.stages.sft import packed, passes, rate
 from ppomax.stages.trust_region import trust_region_step
 from ppomax.types import Experience
 
@@ -43,6 +44,17 @@ class Totals:
     def add(self, name: str, value: float) -> None:
         """Add to a per-step sum."""
         self.sums[name] = self.sums.get(name, 0.0) + value
+
+    def include(self, found: Totals) -> None:
+        """Add what all processes found in their passes over one minibatch."""
+        sums = world.summed({**found.sums, "tokens": found.tokens})
+        self.tokens += sums.pop("tokens")
+        self.passes += found.passes
+        found.sums = sums
+        for name, value in sums.items():
+            self.add(name, value)
+        for name, value in found.largest.items():
+            self.largest[name] = max(self.largest.get(name, 0.0), world.largest(value))
 
     def means(self) -> dict[str, float]:
         """Per minibatch read for losses, per step for norms and rates, per token for clip fraction and KL."""
@@ -80,7 +92,7 @@ class Steering:
 
 
 def update(
-    players: Players, optimisers: Optimisers, experience: Experience, plan: list[list[Microbatch]], config: PPOConfig,
+    players: Players, optimisers: Optimisers, experience: Experience, plan: list[Minibatch], config: PPOConfig,
     *, iteration: int, ptx: Sequence[Tokens], steering: Steering | None = None,
 ) -> Totals:  # fmt: skip
     """Algorithm 1's last two lines. While the critic is pre-trained, the policy does not move."""
@@ -125,7 +137,7 @@ def schedule_position(config: PPOConfig, steering: Steering, iteration: int) -> 
 
 
 def _step(
-    players: Players, optimisers: Optimisers, experience: Experience, minibatch: list[Microbatch], config: PPOConfig,
+    players: Players, optimisers: Optimisers, experience: Experience, minibatch: Minibatch, config: PPOConfig,
     pretraining: bool, step: int, total: int, totals: Totals,
 ) -> list[float]:  # fmt: skip
     """One step of each player that learns, on the gradients collected so far; their norms."""
@@ -136,7 +148,7 @@ def _step(
         norms["critic"] = optimisers.critic.step(lr)
         totals.add("lr_critic", lr)
     if not pretraining and config.objective.kind == "trpo":
-        part = experience.take([i for micro in minibatch for i in micro.rows])
+        part = experience.take(minibatch.rows)
         advantages_BR = _normalised(part, config)
         moved = trust_region_step(players.policy, optimisers.policy, part, minibatch, advantages_BR, config)
         norms["policy"] = moved.pop("grad_norm_policy")
@@ -170,37 +182,37 @@ def _normalised(part: Experience, config: PPOConfig) -> Tensor:
 
 
 def _backward(
-    players: Players, experience: Experience, minibatch: list[Microbatch], config: PPOConfig, steering: Steering,
+    players: Players, experience: Experience, minibatch: Minibatch, config: PPOConfig, steering: Steering,
     pretraining: bool, totals: Totals,
 ) -> float:  # fmt: skip
     """Add the gradients of one minibatch: every term is a sum over tokens divided by the minibatch's tokens.
 
     Returns the policy's distance from the old one, nats per token.
     """
-    part = experience.take([i for micro in minibatch for i in micro.rows])
+    part = experience.take(minibatch.rows)
     advantages_BR = _normalised(part, config)
     denom = float(part.rollout.mask_BR.sum())
-    totals.passes += 1
-    clock, start, moved = players.clock, 0, 0.0
-    for micro in minibatch:
-        rows = list(range(start, start + len(micro.rows)))
-        start += len(rows)
+    place = {row: i for i, row in enumerate(minibatch.rows)}
+    clock, found = players.clock, Totals(passes=1)
+    for micro in minibatch.micros:
+        rows = [place[row] for row in micro.rows]
         piece = part.take(rows).cut(micro.batch.response_width, str(players.compute.device))
         advantages = advantages_BR[rows, : micro.batch.response_width].to(players.compute.device)
         if not pretraining and config.objective.kind != "trpo":
             with clock("train/policy", players.policy.work(micro.batch, training=True)):
-                moved += _backward_policy(players, piece, micro, advantages, config, steering, denom, totals)
+                _backward_policy(players, piece, micro, advantages, config, steering, denom, found)
         if players.critic is not None:
             with clock("train/critic", players.critic.work(micro.batch, training=True)):
                 clip = None if pretraining else config.critic.value_clip
-                totals.add("value_loss", _backward_critic(players.critic, piece, micro, clip, denom))
-    return moved / denom
+                found.add("value_loss", _backward_critic(players.critic, piece, micro, clip, denom))
+    totals.include(found)
+    return found.sums.get("approx_kl", 0.0) / denom
 
 
 def _backward_critic(critic: Scalar, piece: Experience, micro: Microbatch, clip: float | None, denom: float) -> float:
     """Add the critic's gradient of one microbatch; returns its loss."""
     values = at_responses(critic(micro.batch).values_BT, micro.batch, before=True)
-    loss = value_loss(
+    loss = micro.counts * value_loss(
         values, piece.old_values_BR, piece.returns_BR, micro.batch.mask_BR, value_clip=clip, denom=denom
     )  # fmt: skip
     loss.backward()
@@ -209,40 +221,40 @@ def _backward_critic(critic: Scalar, piece: Experience, micro: Microbatch, clip:
 
 def _backward_policy(
     players: Players, piece: Experience, micro: Microbatch, advantages_BR: Tensor, config: PPOConfig,
-    steering: Steering, denom: float, totals: Totals,
-) -> float:  # fmt: skip
-    """Add the policy's gradient of one microbatch; returns its summed KL(old ‖ new), estimated by k3."""
+    steering: Steering, denom: float, found: Totals,
+) -> None:  # fmt: skip
+    """Add the policy's gradient of one microbatch, and what it found to `found`."""
     in_loss = steering.kl if config.kl.place == "loss" else 0.0
     scores = players.policy(
         micro.batch, temperature=config.sampling.temperature, entropy=config.objective.entropy_weight is not None,
         against=players.reference if in_loss and config.kl.estimator == "full" else None,
     )  # fmt: skip
-    loss = policy_loss(
+    loss = micro.counts * policy_loss(
         scores, piece, micro.batch, advantages_BR, config, denom=denom, kl_coefficient=in_loss, penalty=steering.penalty
     )
     loss.backward()
-    totals.add("policy_loss", float(loss.detach()))
+    found.add("policy_loss", float(loss.detach()))
     logprobs = at_responses(scores.logprobs_BT.detach(), micro.batch)
     statistics = ratio_statistics(logprobs, piece.old_logprobs_BR, micro.batch.mask_BR, clip_ratio=config.clip_ratio)
     for name in ("clip_fraction", "approx_kl"):
-        totals.add(name, float(statistics[name]))
-    totals.tokens += float(statistics["tokens"])
-    totals.largest["ratio_max"] = max(totals.largest.get("ratio_max", 0.0), float(statistics["ratio_max"]))
-    return float(statistics["approx_kl"])
+        found.add(name, micro.counts * float(statistics[name]))
+    found.tokens += micro.counts * float(statistics["tokens"])
+    found.largest["ratio_max"] = max(found.largest.get("ratio_max", 0.0), float(statistics["ratio_max"]))
 
 
 @torch.no_grad()
-def distance_moved(players: Players, experience: Experience, plan: list[list[Microbatch]], config: PPOConfig) -> float:
+def distance_moved(players: Players, experience: Experience, plan: list[Minibatch], config: PPOConfig) -> float:
     """KL(old ‖ policy as it is now), nats per token, estimated by k3 on the rollout's tokens."""
-    total = tokens = 0.0
-    for micro in (m for group in plan for m in group):
+    found = {"kl": 0.0, "tokens": 0.0}
+    for micro in (m for group in plan for m in group.micros):
         piece = experience.take(micro.rows).cut(micro.batch.response_width, str(players.compute.device))
         scores = players.policy(micro.batch, temperature=config.sampling.temperature)
         logprobs, mask = at_responses(scores.logprobs_BT, micro.batch), micro.batch.mask_BR
         statistics = ratio_statistics(logprobs, piece.old_logprobs_BR, mask, clip_ratio=config.clip_ratio)
-        total += float(statistics["approx_kl"])
-        tokens += float(statistics["tokens"])
-    return total / max(tokens, 1.0)
+        found["kl"] += micro.counts * float(statistics["approx_kl"])
+        found["tokens"] += micro.counts * float(statistics["tokens"])
+    found = world.summed(found)
+    return found["kl"] / max(found["tokens"], 1.0)
 
 
 def _backward_ptx(players: Players, ptx: Sequence[Tokens], step: int, config: PPOConfig, totals: Totals) -> None:
@@ -254,9 +266,11 @@ def _backward_ptx(players: Players, ptx: Sequence[Tokens], step: int, config: PP
         chosen.append(ptx[epoch_order(len(ptx), seed=config.seed + 1, epoch=epoch)[within]])
     denom = float(sum(sum(row.mask[1:]) for row in chosen))
     assert config.ptx_weight is not None
-    for group in microbatches(players.policy, chosen, config.compute.tokens_per_microbatch):
-        tokens, mask_BT = packed(group, device=str(players.compute.device))
+    found = Totals()
+    for group, weight in passes(players.policy, chosen, config.compute.tokens_per_microbatch):
+        tokens, mask_BT = packed([chosen[i] for i in group], device=str(players.compute.device))
         with players.clock("train/ptx", players.policy.work(tokens, training=True, places=int(mask_BT.sum()))):
-            loss = nll_loss(players.policy(tokens, mask_BT=mask_BT).logprobs_BT, mask_BT, denom=denom)
+            loss = weight * nll_loss(players.policy(tokens, mask_BT=mask_BT).logprobs_BT, mask_BT, denom=denom)
             (config.ptx_weight * loss).backward()
-            totals.add("ptx_loss", float(loss.detach()))
+            found.add("ptx_loss", float(loss.detach()))
+    totals.include(found)

@@ -1,0 +1,192 @@
+"""The processes of a run. torchrun starts them, `joined` connects them; alone, everything here is the identity.
+
+Every process holds the whole data and the whole state that is not a weight, and computes the same decisions from
+them. Only passes through models are divided: each process reads its share of the rows, and sums make it whole again.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ppomax.errors import ProcessLost, SetupError
+
+T = TypeVar("T")
+
+
+def started() -> int:
+    """How many processes the launcher started; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def size() -> int:
+    """How many processes are joined."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return dist.get_rank() if size() > 1 else 0
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes and prints."""
+    return rank() == 0
+
+
+@contextmanager
+def joined(*, minutes: float) -> Iterator[None]:
+    """The processes that the launcher started, connected for the time of a block.
+
+    Whatever waits for another process waits `minutes` at most. On GPUs every process of a machine has its own.
+    """
+    if started() == 1 or size() > 1:
+        yield
+        return
+    if torch.cuda.is_available():
+        local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local >= gpus:
+            raise SetupError(f"process {local} of this machine: found {gpus} GPUs, expected one for each process")
+        torch.cuda.set_device(local)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def meet(where: str, *, minutes: float) -> None:
+    """Wait until all processes are here. After `minutes`, ProcessLost names those that are missing."""
+    if size() == 1:
+        return
+    group = dist.group.WORLD if dist.get_backend() == "gloo" else _gloo()
+    try:
+        dist.monitored_barrier(group, timeout=timedelta(minutes=minutes), wait_all_ranks=True)
+    except RuntimeError as error:
+        raise ProcessLost(
+            f"{where}: not all of {size()} processes arrived within {minutes:g} minutes ({_first_line(error)}). Look "
+            "for the first error in the output of the missing one; the same command with --resume goes on from the "
+            "last checkpoint"
+        ) from error
+
+
+def first(work: Callable[[], T]) -> T:
+    """What `work` returns in the first process, in all of them; its failure is raised in all of them."""
+    if size() == 1:
+        return work()
+    outcome: list[Any] = [None, None]
+    if is_first():
+        try:
+            outcome[0] = work()
+        except Exception as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def of_first(value: T) -> T:
+    """The first process's value, in all of them."""
+    return first(lambda: value)
+
+
+def gathered(value: T) -> list[T]:
+    """Every process's value, in the order of the processes."""
+    if size() == 1:
+        return [value]
+    values: list[Any] = [None] * size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def any_of(flag: bool) -> bool:
+    """Whether the flag is set in any process."""
+    if size() == 1:
+        return flag
+    seen = torch.tensor(int(flag))
+    dist.all_reduce(seen, op=dist.ReduceOp.MAX)
+    return bool(seen)
+
+
+def summed(numbers: Mapping[str, float]) -> dict[str, float]:
+    """The sums over all processes; the names are the same in all of them."""
+    if size() == 1:
+        return dict(numbers)
+    total = torch.tensor(list(numbers.values()), dtype=torch.float64)
+    dist.all_reduce(total)
+    return dict(zip(numbers, total.tolist(), strict=True))
+
+
+def largest(number: float) -> float:
+    """The largest of all processes' numbers."""
+    if size() == 1:
+        return number
+    most = torch.tensor(number, dtype=torch.float64)
+    dist.all_reduce(most, op=dist.ReduceOp.MAX)
+    return float(most)
+
+
+def fill(*tensors: Tensor) -> None:
+    """Make tensors on the CPU whole, of which each process wrote its own rows and left the others 0: by sums."""
+    if size() > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
+def shares(sizes: Sequence[int]) -> list[list[int]]:
+    """Indices for each process, so that the sums of `sizes` are nearly equal: the largest first, to whom has least.
+
+    A function of the sizes alone, so that every process knows everybody's share.
+    """
+    parts: list[list[int]] = [[] for _ in range(size())]
+    load = [0] * size()
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        least = min(range(size()), key=lambda r: (load[r], r))
+        parts[least].append(i)
+        load[least] += sizes[i]
+    return [sorted(part) for part in parts]
+
+
+def passes(sizes: Sequence[int], cut: Callable[[list[int]], Sequence[Sequence[int]]]) -> list[tuple[list[int], float]]:
+    """This process's passes through a model over units of `sizes`: which units each reads, and its weight, 1.
+
+    cut: some units → passes over them, as places in that list. A pass through a sharded model is something that all
+    processes do together, so who has fewer makes one of its passes again, with weight 0.
+    """
+    by_process = [[[part[i] for i in group] for group in cut(part)] if part else [] for part in shares(sizes)]
+    return [(group, float(counts)) for group, counts in in_step(by_process)]
+
+
+def in_step(by_process: Sequence[Sequence[T]]) -> list[tuple[T, bool]]:
+    """This process's passes of everybody's, then one of them again, which does not count, until all have as many."""
+    mine = [(group, True) for group in by_process[rank()]]
+    spare = next((groups[-1] for groups in (by_process[rank()], *by_process) if groups), None)
+    return mine if spare is None else mine + [(spare, False)] * (max(map(len, by_process)) - len(mine))
+
+
+def _gloo() -> Any:
+    """A group for the CPU alone: barriers that name who is missing exist only there."""
+    global _cpu_group
+    if _cpu_group is None or _cpu_group[0] is not dist.group.WORLD:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _cpu_group = dist.group.WORLD, dist.new_group(backend="gloo")
+    return _cpu_group[1]
+
+
+_cpu_group: tuple[Any, Any] | None = None
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

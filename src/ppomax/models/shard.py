@@ -1,0 +1,106 @@
+"""Players spread over processes by FSDP2: every process holds a part of each parameter and of its AdamW state.
+
+Parameters are float32 shards, which are the masters; a pass gathers them in the compute precision and the backward pass
+sums gradients into float32 shards. Frozen parameters of a trained player stay whole in every process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import TypeVar
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.utils._pytree import SUPPORTED_NODES
+
+from ppomax.config import ModelConfig
+from ppomax.engine import world
+from ppomax.models.load import Compute
+from ppomax.models.players import Player, ScalarOutput, TokenScores
+from ppomax.types import token_batch
+
+P = TypeVar("P", bound=Player)
+
+
+def loading(compute: Compute) -> Compute:
+    """How a trained model is read: in float32 where it will be sharded, since its shards are the masters."""
+    return compute if world.size() == 1 else replace(compute, dtype=torch.float32)
+
+
+def shard(player: P, compute: Compute, config: ModelConfig) -> P:
+    """Spread a player's trained parameters over the processes; alone, nothing happens.
+
+    With zero3 a layer that a pass gathered goes back after the forward pass, and frozen players are spread too, unless
+    they share weights with trained ones; with zero2 it goes back after the backward pass, and frozen ones stay whole.
+    """
+    trained = {p for p in player.parameters() if p.requires_grad}
+    reshard, shares = config.shard == "zero3", config.train_layers is not None or config.lora_rank is not None
+    if world.size() == 1 or (not trained and (shares or not reshard)):
+        return player
+    _register_outputs()
+    spread = trained or set(player.parameters())
+    whole = set(player.parameters()) - spread
+    for parameter in whole:
+        parameter.data = parameter.data.to(compute.dtype)
+    options = {
+        "mesh": init_device_mesh(compute.device.type, (world.size(),)),
+        "mp_policy": MixedPrecisionPolicy(
+            param_dtype=compute.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        ),
+        "offload_policy": CPUOffloadPolicy() if config.offload and compute.device.type != "cpu" else OffloadPolicy(),
+        "ignored_params": whole,
+    }
+    player.model.config.dtype = compute.dtype  # type: ignore[union-attr]
+    for layer in player.base.layers:
+        if any(p in spread for p in layer.parameters()):
+            fully_shard(layer, reshard_after_forward=reshard, **options)
+    # What is left (embeddings, last norm, heads) belongs to the player itself, which no pass goes around.
+    fully_shard(player, reshard_after_forward=False, **options)
+    for module in _sharded(player):
+        module.set_gradient_divide_factor(1.0)  # losses are divided by the counts of all processes already
+        module.set_force_sum_reduction_for_comms(True)
+    player.register_forward_hook(_give_back)
+    player.gathered = partial(_whole, player, reshard)
+    with torch.no_grad():  # the first pass makes the player the root of its layers, in whatever order they are called
+        player(token_batch([[1, 2]], [[3]], device=str(compute.device)))
+    return player
+
+
+@contextmanager
+def _whole(player: Player, reshard: bool) -> Iterator[None]:
+    """All parameters gathered for the time of a block, without gradient: processes may then make different passes."""
+    layers = [module for module in _sharded(player) if module is not player]
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            for module in _sharded(player):
+                module.set_reshard_after_forward(False, recurse=False)
+                module.unshard()
+        yield
+    finally:
+        for module in _sharded(player):
+            module.reshard()
+        for layer in layers:
+            layer.set_reshard_after_forward(reshard, recurse=False)
+
+
+def _sharded(player: nn.Module) -> list[FSDPModule]:
+    return [module for module in player.modules() if isinstance(module, FSDPModule)]
+
+
+def _give_back(player: nn.Module, inputs: object, output: object) -> None:
+    """After a pass without gradient nothing else would, and the next pass would not see what a step changes."""
+    if not torch.is_grad_enabled():
+        for module in _sharded(player):
+            module.reshard()
+
+
+def _register_outputs() -> None:
+    """FSDP2 looks for tensors in what a pass returns, to know when its backward pass begins."""
+    for output in (TokenScores, ScalarOutput):
+        if output not in SUPPORTED_NODES:
+            torch.export.register_dataclass(output)
