@@ -314,4 +314,9 @@ class QuickstartConfig(Schema):
 class DoctorConfig(Schema):
     """What is installed, what the machine can do, what will be slow and why."""
 
-    measure: bool = Field(default=False, description="Also measure matrix-product speed (seconds).")
+    measure: bool = Field(
+        default=False, description="Also measure, in seconds, how fast matrix products and memory copies are."
+    )
+    model: str | None = Field(
+        default=None, description="Measure the products of this model's layers; None: those of smollm2-135m."
+    )

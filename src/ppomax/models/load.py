@@ -99,6 +99,14 @@ def load_tokenizer(name: str, template: str | None = None) -> Any:
     return prepare_tokenizer(tokenizer, template)
 
 
+def load_config(name: str) -> dict[str, Any]:
+    """What config.json says of a model."""
+    try:
+        return AutoConfig.from_pretrained(model_directory(name)).to_dict()
+    except UNREADABLE as error:
+        raise SetupError(f"{name}: config.json cannot be read: {_first_line(error)}") from None
+
+
 def load_causal_lm(name: str, compute: Compute) -> nn.Module:
     """A causal LM in evaluation mode (dropout off), frozen or trained by whoever wraps it."""
     model, absent = _load(AutoModelForCausalLM, name, compute)

@@ -19,6 +19,7 @@ from ppomax.engine import world
 from ppomax.engine.averaging import MovingAverage
 from ppomax.engine.durable import disk_errors
 from ppomax.engine.optimiser import Optimiser
+from ppomax.engine.speed import model_shapes, peak_rate
 from ppomax.models.load import load_tokenizer
 from ppomax.monitor.log import append_samples, read_metrics
 from ppomax.rewards.callables import RewardFunction, limited, load_function
@@ -190,6 +191,8 @@ def prepare(run: Session, config: PPOConfig, reward: RewardFunction | None) -> J
     prompts, prompt_ids = [read.prompts[i] for i in order], [read.ids[i] for i in order]
     ptx, ptx_report = _read_ptx(tokenizer, config)
     players = load_players(config, compute, tokenizer, reward)
+    shapes = model_shapes(players.policy.base.config.to_dict())
+    players.clock.peak = peak_rate(compute.device, compute.dtype, shapes.values())
     longest = max(map(len, prompt_ids)) + config.sampling.max_new_tokens
     for role, player in (("policy", players.policy), ("critic", players.critic)):
         if player is not None:
