@@ -102,7 +102,20 @@ def flags_of(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
 def test_help_lists_every_verb_with_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert [*ABOUT] == ["sft", "reward", "ppo", "evaluate", "rank", "chat", "report", "quickstart", "recipes", "doctor"]
+    assert [*ABOUT] == [
+        "sft",
+        "reward",
+        "ppo",
+        "evaluate",
+        "rank",
+        "chat",
+        "report",
+        "checkpoint",
+        "replay",
+        "quickstart",
+        "recipes",
+        "doctor",
+    ]
     assert main([]) == 0
     assert capsys.readouterr().out == out
     for name in ABOUT:
@@ -351,7 +364,7 @@ def test_out_of_memory_names_the_flags_to_lower(function: str, here: Path, capsy
     assert main([*PPO, "--reward", f"cli_rewards:{function}"]) == 1
     err = capsys.readouterr().err
     assert "error: out of memory" in err and "more about it" not in err
-    assert "Lower --compute.tokens-per-microbatch, --sampling.max-rows, --rollout-batch" in err
+    assert "out of memory in a reward function (" in err and "Lower --rollout-batch, or free some memory" in err
 
 
 def test_a_full_disk_is_exit_code_1(here: Path) -> None:

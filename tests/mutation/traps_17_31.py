@@ -103,14 +103,14 @@ MUTATIONS = [
     ),
     Mutation(
         21, "skipped steps are not counted", "stages/update.py",
-        "            totals.skipped += not finite\n",
+        "            totals.skipped += steering.failures > 0\n",
         "",
         (f"{UPDATE}::test_trap_21_a_gradient_that_is_no_number_changes_nothing_and_is_counted",),
     ),
     Mutation(
-        21, "skipped steps in a row never stop the run", "stages/update.py",
-        "failures = 0 if finite else failures + 1",
-        "failures = 0 if finite else 1",
+        21, "skipped steps in a row never stop the run", "stages/nonfinite.py",
+        "return 0 if all(map(math.isfinite, norms)) else failures + 1",
+        "return 0 if all(map(math.isfinite, norms)) else 1",
         (f"{UPDATE}::test_trap_21_five_such_steps_in_a_row_end_the_run",),
     ),
     Mutation(
@@ -250,7 +250,7 @@ MUTATIONS = [
         30, "old checkpoints go before the new one is written", "engine/checkpoint.py",
         "        first(lambda: _begin(temporary))\n",
         "        first(lambda: _begin(temporary))\n"
-        "        for path in _checkpoints(folder)[: len(_checkpoints(folder)) - keep + 1]:\n"
+        "        for path in checkpoints(folder)[: len(checkpoints(folder)) - keep + 1]:\n"
         "            shutil.rmtree(path)\n",
         (f"{CHECKPOINT}::test_trap_30_a_save_that_fails_leaves_the_only_checkpoint",),
     ),

@@ -187,6 +187,12 @@ def slow_reward(prompts: Sequence[Any], responses: Sequence[str], **columns: Any
     return [0.0] * len(responses)
 
 
+def hanging_reward(prompts: Sequence[Any], responses: Sequence[str], **columns: Any) -> list[float]:
+    """A reward that waits for a minute, as for a server that is gone."""
+    time.sleep(60)
+    return [0.0] * len(responses)
+
+
 def sft_config(run_dir: Path, data: str, **changes: Any) -> SFTConfig:
     """26 steps that visibly learn."""
     settings: dict[str, Any] = {

@@ -13,11 +13,13 @@ from tyro.constructors import ConstructorRegistry, StructConstructorSpec, Struct
 
 from ppomax.config import (
     ChatConfig,
+    CheckpointConfig,
     DoctorConfig,
     EvaluateConfig,
     PPOConfig,
     QuickstartConfig,
     RankConfig,
+    ReplayConfig,
     ReportConfig,
     RewardConfig,
     Schema,
@@ -32,11 +34,15 @@ Recipes = Mapping[str, Callable[[], Schema]]
 
 @dataclass(frozen=True)
 class Verb:
-    """A verb's schema, its recipes if it has any, and the run flags that it takes besides its settings."""
+    """A verb's schema, its recipes if it has any, and the run flags that it takes besides its settings.
+
+    words: settings that may be given in this order without their flags, before all flags.
+    """
 
     schema: type[Schema]
     recipes: Recipes = dataclasses.field(default_factory=dict)
     flags: tuple[str, ...] = ("config",)
+    words: tuple[str, ...] = ()
 
     @property
     def about(self) -> str:
@@ -61,7 +67,9 @@ VERBS = {
     "evaluate": Verb(EvaluateConfig, flags=("config", "fresh")),
     "rank": Verb(RankConfig, flags=("config", "fresh")),
     "chat": Verb(ChatConfig),
-    "report": Verb(ReportConfig, flags=()),
+    "report": Verb(ReportConfig, flags=(), words=("run_dir",)),
+    "checkpoint": Verb(CheckpointConfig, flags=(), words=("action", "run_dir")),
+    "replay": Verb(ReplayConfig, flags=(), words=("run_dir",)),
     "quickstart": Verb(QuickstartConfig),
     "doctor": Verb(DoctorConfig, flags=()),
 }
@@ -90,8 +98,7 @@ def expect_verb(name: str) -> None:
 def parse(name: str, words: Sequence[str]) -> Invocation:
     """The invocation of verb `name`; words that are not understood, and --help, end in SystemExit."""
     verb = VERBS[name]
-    if name == "report" and words and not words[0].startswith("-"):
-        words = ["--run-dir", *words]
+    words = _with_flags(verb, words)
     recipe, base = _below_flags(verb, words)
     defaults: dict[str, Any] = {"config": None, "recipe": recipe, "resume": False, "fresh": False}
     form = _form(verb)
@@ -110,6 +117,16 @@ def parse(name: str, words: Sequence[str]) -> Invocation:
 def parse_recipes(words: Sequence[str]) -> RecipesArguments:
     """The arguments of `ppomax recipes`."""
     return tyro.cli(RecipesArguments, prog="ppomax recipes", args=list(words))
+
+
+def _with_flags(verb: Verb, words: Sequence[str]) -> list[str]:
+    """Leading words that are no flags get the flags that they stand for."""
+    given = list(words)
+    for at, setting in enumerate(verb.words):
+        if len(given) <= 2 * at or given[2 * at].startswith("-"):
+            break
+        given.insert(2 * at, f"--{setting.replace('_', '-')}")
+    return given
 
 
 def _below_flags(verb: Verb, words: Sequence[str]) -> tuple[str | None, Schema]:
@@ -177,6 +194,7 @@ def _description(name: str, verb: Verb) -> str:
         parts.append("A flag overrides the file, which overrides the recipe. `ppomax recipes` describes the recipes.")
     elif "config" in verb.flags:
         parts.append("A flag overrides the file.")
-    if name == "report":
-        parts.append("The directory may also be given by itself: ppomax report RUN_DIR.")
+    if verb.words:
+        words = " ".join(word.upper() for word in verb.words)
+        parts.append(f"The flags may be left out of the first settings: ppomax {name} {words}.")
     return " ".join(parts)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +110,29 @@ def show_doctor(found: Mapping[str, Any]) -> None:
     )
     for concern in found["concerns"]:
         console.print(Text(f"- {concern}"), soft_wrap=True)
+
+
+def show_checkpoints(found: Path | Sequence[Mapping[str, Any]]) -> None:
+    """A table of checkpoints, newest last, and below it what is damaged; or the path of an exported model."""
+    if isinstance(found, Path):
+        print(found)
+        return
+    table = _columns("checkpoint", "size", "age", "state")
+    for row in found:
+        state = Text("damaged", style="yellow") if row["problems"] else Text("intact")
+        table.add_row(Text(row["name"]), Text(row["size"]), Text(row["age"]), state)
+    _stdout().print(table)
+    for problem in (problem for row in found for problem in row["problems"]):
+        _stdout().print(Text(problem, style="yellow"), soft_wrap=True)
+
+
+def show_replay(found: Mapping[str, Mapping[str, Any]]) -> None:
+    """Losses, norms and the first number that is none, in a column for each precision."""
+    table = _columns("", *found)
+    table.columns[0].no_wrap = True
+    for key in dict.fromkeys(key for column in found.values() for key in column):
+        table.add_row(Text(key), *(Text(_number(column.get(key))) for column in found.values()))
+    _stdout().print(table)
 
 
 def _recipes() -> Iterator[tuple[str, str, Any]]:

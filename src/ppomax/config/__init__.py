@@ -3,12 +3,14 @@
 from ppomax.config.ppo import CriticConfig, KLConfig, ObjectiveConfig, PPOConfig, ScoreConfig
 from ppomax.config.schema import (
     ChatConfig,
+    CheckpointConfig,
     DoctorConfig,
     EvaluateConfig,
     ModelConfig,
     OptimConfig,
     QuickstartConfig,
     RankConfig,
+    ReplayConfig,
     ReportConfig,
     RewardConfig,
     SamplingConfig,
@@ -19,6 +21,7 @@ from ppomax.config.schema import (
 
 __all__ = [
     "ChatConfig",
+    "CheckpointConfig",
     "CriticConfig",
     "DoctorConfig",
     "EvaluateConfig",
@@ -29,6 +32,7 @@ __all__ = [
     "PPOConfig",
     "QuickstartConfig",
     "RankConfig",
+    "ReplayConfig",
     "ReportConfig",
     "RewardConfig",
     "SFTConfig",

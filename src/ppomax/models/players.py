@@ -312,6 +312,9 @@ def head_is_linear(model: nn.Module, base: Any) -> bool:
         return False
     expected = F.linear(base(input_ids=ids, use_cache=False).last_hidden_state, head.weight, head.bias).float()
     found = model(input_ids=ids, use_cache=False).logits.float()
+    if not bool(torch.isfinite(found).all()):
+        name = getattr(model, "name_or_path", "") or type(model).__name__
+        raise SetupError(f"{name}: found logits that are no numbers, expected finite ones: its weights are damaged")
     return bool((found - expected).abs().max() <= 1e-2 * expected.abs().max())
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from ppomax.models.players import Policy, Scalar
 from ppomax.models.shard import loading, shard
 from ppomax.models.share import share_frozen, share_trunk
 from ppomax.monitor.clock import Clock
-from ppomax.rewards.callables import RewardFunction, function_name, load_function
+from ppomax.rewards.callables import RewardFunction, function_name, limited, load_function
 from ppomax.rewards.mixture import Term, is_function, parse_terms
 from ppomax.rewards.model import RewardModel
 from ppomax.stages.inputs import training_of
@@ -53,6 +53,11 @@ def load_players(config: PPOConfig, compute: Compute, tokenizer: Any, reward: Re
     terms = [Term(function_name(reward), 1.0, reward)] if reward is not None else load_terms(
         config.reward, tokenizer, compute, config.compute
     )  # fmt: skip
+    terms = [
+        t if isinstance(t.reward, RewardModel)
+        else replace(t, reward=limited(t.reward, config.reward_timeout, name=t.name))
+        for t in terms
+    ]  # fmt: skip
     trained = load_causal_lm(config.policy, loading(compute))
     policy = shard(Policy(trained, trained=True, **training_of(config.compute, config.seed)), compute, config.compute)
     critic = _load_critic(config, config.critic.init, compute, tokenizer, terms) if config.critic.init else None

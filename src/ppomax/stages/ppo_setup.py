@@ -22,7 +22,7 @@ from ppomax.engine.optimiser import Optimiser
 from ppomax.engine.speed import model_shapes, peak_rate
 from ppomax.models.load import load_tokenizer
 from ppomax.monitor.log import append_samples, read_metrics
-from ppomax.rewards.callables import RewardFunction, load_function
+from ppomax.rewards.callables import RewardFunction, limited, load_function
 from ppomax.rewards.model import RewardModel
 from ppomax.rl.convergence import has_converged
 from ppomax.rl.kl import adaptive_coefficient, penalty_coefficient
@@ -48,6 +48,7 @@ from ppomax.stages.update import Optimisers, Steering, schedule_position
 from ppomax.types import Prompt, Rollout, ScoredRollouts, SetupError
 
 SAMPLES_KEPT = 8
+START_WORDS = ("reward", "policy")
 
 
 @dataclass
@@ -182,7 +183,7 @@ def prepare(run: Session, config: PPOConfig, reward: RewardFunction | None) -> J
     """Read data, load players, print the plan, rehearse the save, and pick up a checkpoint if there is one."""
     expect_possible(config)
     compute = compute_of(config.compute)
-    judge = load_function(config.judge) if config.judge else None
+    judge = limited(load_function(config.judge), config.reward_timeout, name="judge") if config.judge else None
     specs = required(config.prompts, "prompts", "prompts to answer")
     tokenizer = load_tokenizer(config.policy, config.compute.chat_template)
     read = fitted_prompts(tokenizer, specs, config.max_prompt_tokens)
@@ -207,10 +208,8 @@ def prepare(run: Session, config: PPOConfig, reward: RewardFunction | None) -> J
     run.rehearse(_state_bytes(optimisers))
     run.describe(data_card(read.report, {"prompts": Part(read.prompts, [*map(len, read.ids)])}, fitted=read.fitted))
     models = [term.reward.name for term in players.terms if isinstance(term.reward, RewardModel)]
-    restored = run.restore(
-        frozen=[config.policy, *([config.reference] if config.reference else []), *models],
-        empty=lambda: _empty_state(optimisers),
-    )
+    starts = [config.policy, config.reference, config.critic.init if config.critic.init not in START_WORDS else None]
+    restored = run.restore(frozen=[*filter(None, starts), *models], empty=lambda: _empty_state(optimisers))
     if restored is not None:
         _restore(job, *restored)
         job.history = [row for row in read_metrics(run.run.metrics) if row["iteration"] < job.start]

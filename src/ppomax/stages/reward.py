@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from ppomax.monitor.log import without_nan
 from ppomax.rl.objectives import nll_loss
 from ppomax.rl.preference import ranking_accuracy, ranking_loss
 from ppomax.stages.inputs import RankedTokens, compute_of, context_limit, trained_of, training_of
+from ppomax.stages.nonfinite import NONFINITE_IN_A_ROW, failed_step, failures_after
 from ppomax.stages.reward_data import reward_rows
 from ppomax.stages.reward_report import heldout_summary, judged_pairs, sample_rows, write_samples
 from ppomax.stages.reward_scoring import expect_comparable, passes, picked, score_pairs, score_rows, scores_by
@@ -83,10 +85,10 @@ def _train(run: Session, config: RewardConfig) -> dict[str, Any]:
     run.rehearse(size)
     run.describe(data.card)
     restored = run.restore(frozen=[config.model], empty=optimiser.empty_state)
-    start = 0
+    start = failures = 0
     if restored is not None:
         optimiser.load_state_tensors(restored[0])
-        start = int(restored[1]["step"]) + 1
+        start, failures = int(restored[1]["step"]) + 1, restored[1].get("failures", 0)
     # States that are read once are not worth keeping.
     states = _states(model, rows, config.compute.tokens_per_microbatch) if steps > len(first) else None
     held_states = _states(model, heldout, config.compute.tokens_per_microbatch)
@@ -107,8 +109,12 @@ def _train(run: Session, config: RewardConfig) -> dict[str, Any]:
                 row["heldout_accuracy"] = sum(pair.right for pair in judged) / len(judged)
                 row["heldout_loss"] = float(-nn.functional.logsigmoid(margins).mean())
             run.append(row)
+            failures = failures_after(failures, [row["grad_norm"]])
+            if failures >= NONFINITE_IN_A_ROW:
+                raise failed_step(step, optimiser, [asdict(rows[i]) for i in members])
             advance(note=f"loss {row['ranking_loss']:.3f}, accuracy {row['accuracy']:.2f}")
-            run.checkpoint(step, step == steps - 1, lambda: (optimiser.state_tensors(), {}))
+            state = {"failures": failures}
+            run.checkpoint(step, step == steps - 1, lambda state=state: (optimiser.state_tensors(), state))
     summary: dict[str, Any] = {"prompts": len(rows), "pairs": sum(len(row.pairs) for row in rows), "steps": steps}
     if data.judged:
         budget = config.compute.tokens_per_microbatch

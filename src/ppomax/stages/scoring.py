@@ -41,6 +41,12 @@ class Minibatch:
     rows: tuple[int, ...]
     micros: tuple[Microbatch, ...]
 
+    def in_passes(self) -> tuple[list[int], list[int]]:
+        """Its rows as they are read, and how many in each pass; where processes share them, one by one."""
+        if world.size() > 1:
+            return list(self.rows), [1] * len(self.rows)
+        return [i for micro in self.micros for i in micro.rows], [len(micro.rows) for micro in self.micros]
+
     def moved(self, offset: int) -> Minibatch:
         """The same rows of a rollout that stands below `offset` others."""
 

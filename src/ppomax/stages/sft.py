@@ -24,6 +24,7 @@ from ppomax.models.trunk import trunk_states, with_states
 from ppomax.monitor.clock import step_row
 from ppomax.rl.objectives import nll_loss
 from ppomax.stages.inputs import Tokens, compute_of, context_limit, dialogue_tokens, required, trained_of, training_of
+from ppomax.stages.nonfinite import NONFINITE_IN_A_ROW, failed_step, failures_after
 from ppomax.stages.session import Session, session
 from ppomax.types import TokenBatch, Work, token_batch
 
@@ -65,10 +66,10 @@ def _train(run: Session, config: SFTConfig) -> dict[str, Any]:
     parts = {"learn": Part(learn, _lengths(rows)), "heldout": Part(held, _lengths(heldout))}
     run.describe(data_card(report, parts, fitted=cut))
     restored = run.restore(frozen=[config.model], empty=optimiser.empty_state)
-    start = 0
+    start = failures = 0
     if restored is not None:
         optimiser.load_state_tensors(restored[0])
-        start = int(restored[1]["step"]) + 1
+        start, failures = int(restored[1]["step"]) + 1, restored[1].get("failures", 0)
     budget = config.compute.tokens_per_microbatch
     # States that are read once are not worth keeping.
     states = trunk_states(policy, *_split(rows), budget=budget) if steps > per_epoch else None
@@ -86,8 +87,12 @@ def _train(run: Session, config: SFTConfig) -> dict[str, Any]:
             if heldout and (step % config.eval_every == 0 or step == steps - 1):
                 row["heldout_loss"] = mean_nll(policy, heldout, budget)
             run.append(row)
+            failures = failures_after(failures, [loss["grad_norm"]])
+            if failures >= NONFINITE_IN_A_ROW:
+                raise failed_step(step, optimiser, [asdict(rows[i]) for i in members])
             advance(note=f"loss {loss['loss']:.3f}")
-            run.checkpoint(step, step == steps - 1, lambda: (optimiser.state_tensors(), {}))
+            state = {"failures": failures}
+            run.checkpoint(step, step == steps - 1, lambda state=state: (optimiser.state_tensors(), state))
     summary = {
         "rows": len(rows),
         "steps": steps,
