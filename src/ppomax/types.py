@@ -296,6 +296,10 @@ class Work:
     def __add__(self, other: Work) -> Work:
         return Work(self.tokens + other.tokens, self.slots + other.slots, self.flops + other.flops)
 
+    def needed(self, counts: float) -> Work:
+        """This, if the pass counts; if it is made only because other processes make one, all its slots are padding."""
+        return self if counts else Work(slots=self.slots)
+
 
 def token_batch(
     prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], *, pad: int = 0, device: str = "cpu"

@@ -13,8 +13,8 @@ from parity.processes import run, run_in_two
 from ppomax.config import CriticConfig, KLConfig, ModelConfig, ObjectiveConfig, SaveConfig
 
 SMALL = FLOAT32.model_copy(update={"tokens_per_microbatch": 160})
-# Differences of numbers that are 0 but for rounding say nothing.
-NOISE = ("behaviour_gap", "approx_kl", "grad_norm", "skipped")
+# Differences of numbers that are 0 but for rounding say nothing, and every process has its own padding.
+NOISE = ("behaviour_gap", "approx_kl", "grad_norm", "skipped", "padding")
 
 
 def compute(**changes: Any) -> ModelConfig:

@@ -35,7 +35,7 @@ from ppomax.stages.reward_data import reward_rows
 from ppomax.stages.reward_report import heldout_summary, judged_pairs, sample_rows, write_samples
 from ppomax.stages.reward_scoring import expect_comparable, passes, picked, score_pairs, score_rows, scores_by
 from ppomax.stages.session import Session, session
-from ppomax.stages.sft import adamw, rate, schedule
+from ppomax.stages.sft import adamw, of_all, rate, schedule
 from ppomax.types import DataError, SetupError, Work
 
 
@@ -174,6 +174,7 @@ def _step(
         chosen_B, rejected_B, lm = score_pairs(
             model, rows, picked(states, members), with_lm=config.lm_weight is not None, count=work.append
         )
+        work[-1] = work[-1].needed(weight)
         weight_B = torch.tensor([1.0 / len(row.pairs) for row in rows for _ in row.pairs], device=chosen_B.device)
         gaps = [gap or 0.0 for row in rows for gap in row.gaps]
         margin_B = (config.margin or 0.0) * torch.tensor(gaps, device=chosen_B.device)
@@ -195,7 +196,7 @@ def _step(
     if config.lm_weight is None:
         del totals["lm_loss"]
     row = {"loss": loss_value, **totals, "lr": lr, "grad_norm": optimiser.step(lr), "pairs": float(pairs)}
-    return row, sum(work, Work())
+    return row, of_all(sum(work, Work()))
 
 
 def _states(model: Scalar, rows: Sequence[RankedTokens], budget: int) -> list[list[Tensor]] | None:

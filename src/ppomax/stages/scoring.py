@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ppomax.data.batches import epoch_order
 from ppomax.engine import world
-from ppomax.models.players import at_end, at_responses
+from ppomax.models.players import Player, at_end, at_responses
 from ppomax.rewards.mixture import score_texts, weighted_sum
 from ppomax.rewards.model import RewardModel
 from ppomax.stages.players import Players
-from ppomax.types import Rollout, ScoredRollouts, TokenBatch, token_batch
+from ppomax.types import Rollout, ScoredRollouts, TokenBatch, Work, token_batch
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,10 @@ class Microbatch:
     rows: tuple[int, ...]
     batch: TokenBatch
     counts: bool = True
+
+    def work(self, player: Player, *, training: bool = False) -> Work:
+        """What this pass through a player has to do."""
+        return player.work(self.batch, training=training).needed(self.counts)
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,7 @@ def read(players: Players, rollout: Rollout, plan: list[Minibatch], *, temperatu
     for micro in (m for group in plan for m in group.micros):
         index, width = torch.tensor(micro.rows), micro.batch.response_width
         against = players.reference if full_kl else None
-        with clock("score/policy", players.policy.work(micro.batch)):
+        with clock("score/policy", micro.work(players.policy)):
             scores = players.policy(micro.batch, temperature=temperature, statistics=True, against=against)
         for target, source in (
             (logprobs, scores.logprobs_BT),
@@ -146,7 +150,7 @@ def read(players: Players, rollout: Rollout, plan: list[Minibatch], *, temperatu
             if source is not None and micro.counts:
                 target[index, :width] = at_responses(source, micro.batch).cpu()
         if players.critic is not None:
-            with clock("score/critic", players.critic.work(micro.batch)):
+            with clock("score/critic", micro.work(players.critic)):
                 values_BT = players.critic(micro.batch).values_BT
             if micro.counts:
                 values[index, :width] = at_responses(values_BT, micro.batch, before=True).cpu()
@@ -169,13 +173,13 @@ def score(
     reference_BR = torch.zeros_like(now.logprobs_BR)
     for micro in (m for group in plan for m in group.micros):
         index, width = torch.tensor(micro.rows), micro.batch.response_width
-        with clock("score/reference", players.reference.work(micro.batch)):
+        with clock("score/reference", micro.work(players.reference)):
             logprobs_BT = players.reference(micro.batch, temperature=temperature).logprobs_BT
         if micro.counts:
             reference_BR[index, :width] = at_responses(logprobs_BT, micro.batch).cpu()
         for term in readers:
             assert isinstance(term.reward, RewardModel)
-            with clock(term.part, term.reward.scalar.work(micro.batch)):
+            with clock(term.part, micro.work(term.reward.scalar)):
                 score_B = term.reward.score_ids(micro.batch).cpu()
             if micro.counts:
                 read_B[term.name][index] = score_B

@@ -115,12 +115,17 @@ def _step(
     for group, weight in passes(policy, batch, budget):
         tokens, mask_BT = packed([batch[i] for i in group], device=str(next(policy.parameters()).device))
         tokens = with_states(tokens, None if states is None else [states[i] for i in group])
-        work += policy.work(tokens, training=True, places=int(mask_BT.sum()))
+        work += policy.work(tokens, training=True, places=int(mask_BT.sum())).needed(weight)
         loss = weight * nll_loss(policy(tokens, mask_BT=mask_BT).logprobs_BT, mask_BT, denom=denom)
         loss.backward()
         total += float(loss.detach())
     total = world.summed({"loss": total})["loss"]
-    return {"loss": total, "lr": lr, "grad_norm": optimiser.step(lr), "tokens": float(denom)}, work
+    return {"loss": total, "lr": lr, "grad_norm": optimiser.step(lr), "tokens": float(denom)}, of_all(work)
+
+
+def of_all(work: Work) -> Work:
+    """The work of all processes."""
+    return Work(*map(int, world.summed(asdict(work)).values()))
 
 
 @torch.no_grad()

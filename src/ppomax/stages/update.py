@@ -202,10 +202,10 @@ def _backward(
         piece = part.take(rows).cut(micro.batch.response_width, str(players.compute.device))
         advantages = advantages_BR[rows, : micro.batch.response_width].to(players.compute.device)
         if not pretraining and config.objective.kind != "trpo":
-            with clock("train/policy", players.policy.work(micro.batch, training=True)):
+            with clock("train/policy", micro.work(players.policy, training=True)):
                 _backward_policy(players, piece, micro, advantages, config, steering, denom, found)
         if players.critic is not None:
-            with clock("train/critic", players.critic.work(micro.batch, training=True)):
+            with clock("train/critic", micro.work(players.critic, training=True)):
                 clip = None if pretraining else config.critic.value_clip
                 found.add("value_loss", _backward_critic(players.critic, piece, micro, clip, denom))
     totals.include(found)
@@ -268,7 +268,8 @@ def _backward_ptx(players: Players, ptx: Sequence[Tokens], step: int, config: PP
     found = Totals()
     for group, weight in passes(players.policy, chosen, config.compute.tokens_per_microbatch):
         tokens, mask_BT = packed([chosen[i] for i in group], device=str(players.compute.device))
-        with players.clock("train/ptx", players.policy.work(tokens, training=True, places=int(mask_BT.sum()))):
+        work = players.policy.work(tokens, training=True, places=int(mask_BT.sum())).needed(weight)
+        with players.clock("train/ptx", work):
             loss = weight * nll_loss(players.policy(tokens, mask_BT=mask_BT).logprobs_BT, mask_BT, denom=denom)
             (config.ptx_weight * loss).backward()
             found.add("ptx_loss", float(loss.detach()))
