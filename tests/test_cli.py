@@ -403,3 +403,11 @@ def test_the_module_runs_as_a_program(here: Path) -> None:
 
 def test_schemas_are_the_ones_of_the_python_api() -> None:
     assert [VERBS[name].schema for name in ("chat", "reward")] == [ChatConfig, RewardConfig]
+
+
+def test_what_runs_alone_says_so_to_several_processes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["doctor"]) == 2
+    assert "doctor: found 2 processes, expected one" in capsys.readouterr().err

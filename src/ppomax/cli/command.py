@@ -28,6 +28,7 @@ from ppomax.config import ReportConfig
 from ppomax.errors import DamagedError, DataError, Interrupted, NonFiniteError, ProcessLost, SaveError, SetupError
 
 TRAINING = ("sft", "reward", "ppo", "quickstart")
+SHARED = ("sft", "reward", "ppo")
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130
 
 
@@ -84,6 +85,8 @@ def _call(name: str, call: Invocation) -> None:
     if isinstance(call.config, ReportConfig):
         print(import_module("ppomax.monitor.report").write_report(call.config.run_dir))
         return
+    if name not in SHARED and (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise SetupError(f"{name}: found {processes} processes, expected one; {', '.join(SHARED)} run in several")
     first = os.environ.get("RANK", "0") == "0"  # of several processes the first one prints
     if call.recipe and first:
         show_recipe_chosen(name, call.recipe)
