@@ -45,9 +45,9 @@ def policy(directory: str) -> Policy:
     return Policy(load_causal_lm(directory, FLOAT32), train_layers=None, trained=True)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def engine(directory: str) -> Iterator[VLLM]:
-    """One engine for all tests of this session: a start takes seconds."""
+    """One engine for all tests of a file: a start takes seconds, and a process has one at a time."""
     model = Policy(load_causal_lm(directory, FLOAT32), train_layers=None, trained=False)
     engine = VLLM(directory, model, FLOAT32, longest=LONGEST, max_rows=MAX_ROWS)
     yield engine

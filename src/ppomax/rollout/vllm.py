@@ -10,10 +10,9 @@ import gc
 import importlib
 import os
 import random
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -39,12 +38,14 @@ LARGEST_GAP = 0.3
 
 
 class VLLM:
-    """An engine for one architecture. It ends with the object.
+    """An engine for one architecture, until `close`. vLLM keeps state per process: one at a time.
 
     directory: model directory or hub name whose config.json says what the policy is. longest: prompt + response in
     tokens. max_rows: sequences side by side; the cache of keys and values is made for that many. eager: no compiled
     graphs; None: on processors, where compiling takes minutes.
     """
+
+    running: ClassVar[bool] = False
 
     def __init__(
         self, directory: str, policy: Policy, compute: Compute, *, longest: int, max_rows: int,
@@ -63,17 +64,16 @@ class VLLM:
         }  # fmt: skip
         if world.size() > 1:  # one engine for each process, beside the process group that is there
             options["distributed_executor_backend"] = "external_launcher"
-        alone = not torch.distributed.is_initialized()
+        if VLLM.running:
+            raise RuntimeError("another vLLM engine runs in this process; close it first")
+        self._alone = not torch.distributed.is_initialized()
+        VLLM.running = True
         try:
             with _global_generators_kept():
                 self.llm = self.vllm.LLM(**options)
         except Exception as error:  # whatever vLLM says about an architecture, a size or a machine
-            _forget_process_group(alone)
-            raise SetupError(
-                f"sampling.engine: vLLM {self.vllm.__version__} does not start on {directory}: {_last_line(error)}. "
-                "Use --sampling.engine native"
-            ) from error
-        self._finalizer = weakref.finalize(self, _end, self.llm, alone)
+            self._disconnect()
+            raise self._refusal(policy, error) from error
         self._rest()
 
     @property
@@ -88,7 +88,10 @@ class VLLM:
 
     def close(self) -> None:
         """Give everything back; the object cannot be used afterwards."""
-        self._finalizer()
+        if hasattr(self, "llm"):
+            self.llm.llm_engine.engine_core.shutdown()
+            del self.llm
+            self._disconnect()
 
     def sample(
         self, policy: Policy, prompts: Sequence[Sequence[int]], seeds: Sequence[int], *, limit: int,
@@ -118,9 +121,13 @@ class VLLM:
         """Mean distance of its log-probs from the policy's own on a few short samples; too large is a SetupError."""
         prompts = prompts[:CHECKED_PROMPTS]
         limit = min(CHECKED_TOKENS, self.longest - max(map(len, prompts)))
-        sampled = self.sample(
-            policy, prompts, range(len(prompts)), limit=limit, distribution=Distribution(temperature), eos_ids=[]
-        )
+        distribution = Distribution(temperature)
+        try:
+            sampled = self.sample(
+                policy, prompts, range(len(prompts)), limit=limit, distribution=distribution, eos_ids=[]
+            )
+        except Exception as error:  # without compiled graphs, its first pass through the model is here
+            raise self._refusal(policy, error) from error
         batch = token_batch(prompts, [s.ids for s in sampled], device=str(self.device))
         with torch.no_grad():
             own_BR = at_responses(policy(batch, temperature=temperature).logprobs_BT, batch).cpu()
@@ -132,6 +139,12 @@ class VLLM:
                 "the trainer does. Use --sampling.engine native"
             )
         return gap
+
+    def _refusal(self, policy: Policy, error: Exception) -> SetupError:
+        return SetupError(
+            f"sampling.engine: {self.name} does not run {type(policy.model).__name__} here: {_last_line(error)}. Use "
+            "--sampling.engine native"
+        )
 
     def _load(self, policy: Policy) -> None:
         """Write the policy's weights over the engine's, and forget what was computed with the old ones."""
@@ -150,6 +163,15 @@ class VLLM:
     def _rest(self) -> None:
         if self.sleeps:
             self.llm.sleep(level=2)
+
+    def _disconnect(self) -> None:
+        """End what vLLM connected. A process group that was there before it belongs to the run."""
+        state = importlib.import_module("vllm.distributed.parallel_state")
+        state.destroy_model_parallel()
+        if self._alone:
+            state.destroy_distributed_environment()
+        gc.collect()
+        VLLM.running = False
 
 
 def _weights(policy: Policy) -> dict[str, Tensor]:
@@ -211,20 +233,6 @@ def _global_generators_kept() -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
-
-
-def _end(llm: Any, alone: bool) -> None:
-    llm.llm_engine.engine_core.shutdown()
-    _forget_process_group(alone)
-
-
-def _forget_process_group(alone: bool) -> None:
-    """End what vLLM connected. A process group that was there before it belongs to the run."""
-    state = importlib.import_module("vllm.distributed.parallel_state")
-    state.destroy_model_parallel()
-    if alone:
-        state.destroy_distributed_environment()
-    gc.collect()
 
 
 def _last_line(error: BaseException) -> str:

@@ -267,6 +267,7 @@ def _engine(run: Session, job: Job, longest: int) -> VLLM | None:
     if sampling.engine == "native":
         return None
     engine = VLLM(job.config.policy, policy, job.players.compute, longest=longest, max_rows=sampling.max_rows)
+    run.at_end.callback(engine.close)
     gap = engine.check(policy, job.prompt_ids, sampling.temperature)
     run.console.print(f"  {engine.name}: its log-probs are {gap:.2g} nats a token from the trainer's", markup=False)
     return engine
