@@ -88,10 +88,17 @@ class VLLM:
 
     def close(self) -> None:
         """Give everything back; the object cannot be used afterwards."""
-        if hasattr(self, "llm"):
-            self.llm.llm_engine.engine_core.shutdown()
-            del self.llm
-            self._disconnect()
+        if not hasattr(self, "llm"):
+            return
+        client = self.llm.llm_engine.engine_core
+        if self._alone:
+            client.shutdown()
+        else:  # the same without its last step, which would end the run's process group, now or when it is collected
+            client._finalizer.detach()
+            client.engine_core.model_executor.shutdown()
+            gc.unfreeze()
+        del self.llm, client
+        self._disconnect()
 
     def sample(
         self, policy: Policy, prompts: Sequence[Sequence[int]], seeds: Sequence[int], *, limit: int,
@@ -166,10 +173,13 @@ class VLLM:
 
     def _disconnect(self) -> None:
         """End what vLLM connected. A process group that was there before it belongs to the run."""
-        state = importlib.import_module("vllm.distributed.parallel_state")
+        state: Any = importlib.import_module("vllm.distributed.parallel_state")
         state.destroy_model_parallel()
         if self._alone:
             state.destroy_distributed_environment()
+        elif state._WORLD is not None:
+            state._WORLD.destroy()
+            state._WORLD = None
         gc.collect()
         VLLM.running = False
 
