@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ppomax.engine.randomness import generator_for, uniforms, uniforms_for
+from ppomax.engine.randomness import generator_for, seeds_for, uniforms, uniforms_for
 
 keys = st.lists(st.integers(0, 2**64 - 1), max_size=4)
 
@@ -78,3 +78,12 @@ def test_shuffles_repeat_and_differ_by_key() -> None:
 def test_keys_out_of_range_are_refused(key: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"expected integers in 0 \.\. 2\*\*64 - 1"):
         generator_for(*key)
+
+
+def test_seeds_belong_to_rows_and_differ_in_the_bits_that_a_small_generator_reads() -> None:
+    prompts, samples = [4, 4, 0, 9], [0, 1, 0, 0]
+    seeds = seeds_for(7, 3, prompts, samples)
+    assert seeds == [seeds_for(7, 3, [p], [s])[0] for p, s in zip(prompts, samples, strict=True)]
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    many = seeds_for(0, 0, range(1000), [0] * 1000) + seeds_for(0, 1, range(1000), [0] * 1000)
+    assert len({seed % 2**32 for seed in many}) == 2000

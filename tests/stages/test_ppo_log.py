@@ -13,7 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ppomax.config import CriticConfig, OptimConfig, PPOConfig, SamplingConfig
+from ppomax.config.ppo import ObjectiveConfig
 from ppomax.stages.ppo import ppo
+from ppomax.stages.ppo_log import sampler_gap
 from ppomax.stages.ppo_setup import Job
 from ppomax.stages.update import update
 from stages.conftest import Toys, Trained
@@ -165,3 +167,34 @@ def test_where_every_response_is_cut_there_is_no_finished_length(trained: Traine
         assert "response_length_finished" in row["nonfinite"]
     (config.run_dir / "metrics.jsonl").read_text().encode("ascii")
     json.loads((config.run_dir / "summary.json").read_text())
+
+
+def test_what_the_sampler_says_against_what_the_trainer_reads() -> None:
+    """Three responses of 2, 1 and 2 tokens. Log-ratios, trainer to sampler: (0.1, -0.3), (0.8), (-0.5, -0.4)."""
+    mask = torch.tensor([[True, True], [True, False], [True, True]])
+    behaviour = torch.tensor([[-1.0, -2.0], [-3.0, 99.0], [-1.0, -1.0]])
+    old = torch.tensor([[-0.9, -2.3], [-2.2, -7.0], [-1.5, -1.4]])
+    found = sampler_gap(behaviour, old, mask)
+    ratios = [0.1, -0.3, 0.8, -0.5, -0.4]
+    assert found["behaviour_gap"] == pytest.approx((0.1 + 0.3 + 0.8 + 0.5 + 0.4) / 5)
+    assert found["behaviour_gap_max"] == pytest.approx(0.8)
+    # KL(sampler || old) on tokens of the sampler: r - 1 - log r with r = old / sampler.
+    assert found["behaviour_kl"] == pytest.approx(sum(math.exp(d) - 1 - d for d in ratios) / 5, rel=1e-5)
+    # exp(-0.2) = 0.82 is near; exp(0.8) = 2.2 and exp(-0.9) = 0.41 are far.
+    assert found["behaviour_far_share"] == pytest.approx(2 / 3)
+
+
+def test_importance_weights_are_logged_where_they_are_used(trained: Trained, toys: Toys, tmp_path: Path) -> None:
+    capped = ObjectiveConfig(importance_cap=1.5)
+    job = prepared(ppo_config(tmp_path / "run", trained.sft, toys.prompts, objective=capped))
+    it = first_iteration(job)
+    assert row_of(job, it)["importance_weight"] == pytest.approx(1.0, abs=1e-4)
+    assert row_of(job, it)["importance_capped_share"] == 0
+    weights_BR = it.experience.weights_BR
+    assert weights_BR is not None
+    weights_BR[:4] = torch.where(it.scored.rollout.mask_BR[:4], 1.5, 0.0)
+    tokens = it.scored.rollout.length_B
+    share = float(tokens[:4].sum() / tokens.sum())
+    row = row_of(job, it)
+    assert row["importance_capped_share"] == pytest.approx(share)
+    assert row["importance_weight"] == pytest.approx(1 + 0.5 * share, abs=1e-4)

@@ -213,6 +213,11 @@ class SamplingConfig(Schema):
     max_rows: int = Field(
         default=64, ge=1, description="Sequences decoded side by side. Bounds memory, not the result."
     )
+    engine: Literal["native", "vllm"] = Field(
+        default="native",
+        description="Who samples: native, or vllm, an engine in this process that gets the policy's weights before each"
+        " iteration (PPO only; docs/vllm.md).",
+    )
 
 
 class EvaluateConfig(Schema):

@@ -46,3 +46,9 @@ def uniforms_for(
     samples = [int(index) for index in sample_B]
     rows = [uniforms(seed, iteration, p, s, size=width) for p, s in zip(prompts, samples, strict=True)]
     return torch.stack(rows) if rows else torch.empty(0, width)
+
+
+def seeds_for(seed: int, iteration: int, prompts: Sequence[int], samples: Sequence[int]) -> list[int]:
+    """One seed below 2**63 per row, for samplers with generators of their own: from the streams of `uniforms_for`."""
+    generators = (generator_for(seed, iteration, p, s) for p, s in zip(prompts, samples, strict=True))
+    return [int(generator.integers(2**63, dtype=np.uint64)) for generator in generators]

@@ -7,10 +7,11 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ppomax.data.batches import epoch_order
-from ppomax.engine.randomness import uniforms_for
+from ppomax.engine.randomness import seeds_for, uniforms_for
 from ppomax.models.players import Policy
 from ppomax.monitor.clock import Clock
 from ppomax.rollout.sampler import Distribution, sample
+from ppomax.rollout.vllm import VLLM
 from ppomax.types import Prompt, Rollout
 
 
@@ -42,14 +43,25 @@ def collect(
     policy: Policy, prompts: Sequence[Prompt], prompt_ids: Sequence[tuple[int, ...]], indices: Sequence[int],
     *, samples: int, iteration: int, seed: int, limit: int, distribution: Distribution, eos_ids: Sequence[int],
     max_rows: int, progress: Callable[[int], None] | None = None, clock: Clock | None = None, part: slice = slice(None),
+    engine: VLLM | None = None,
 ) -> Rollout:  # fmt: skip
-    """Sample `samples` responses of at most `limit` tokens for each of the given prompts; `part`: of some rows only."""
+    """Sample `samples` responses of at most `limit` tokens for each of the given prompts; `part`: of some rows only.
+
+    engine: who samples instead of the native sampler; it has its own `max_rows`.
+    """
     rows, numbers = (row[part] for row in repeated(indices, samples))
-    uniforms_BR = uniforms_for(seed, iteration, rows, numbers, limit)
-    sampled = sample(
-        policy, [prompt_ids[i] for i in rows], uniforms_BR, distribution=distribution, eos_ids=eos_ids,
-        max_rows=max_rows, progress=progress, clock=clock,
-    )  # fmt: skip
+    ids = [prompt_ids[i] for i in rows]
+    if engine is None:
+        uniforms_BR = uniforms_for(seed, iteration, rows, numbers, limit)
+        sampled = sample(
+            policy, ids, uniforms_BR, distribution=distribution, eos_ids=eos_ids, max_rows=max_rows, progress=progress,
+            clock=clock,
+        )  # fmt: skip
+    else:
+        seeds = seeds_for(seed, iteration, rows, numbers)
+        sampled = engine.sample(policy, ids, seeds, limit=limit, distribution=distribution, eos_ids=eos_ids)
+        if progress is not None:
+            progress(len(rows))
     lengths = [len(s.ids) for s in sampled]
     ids_BR = torch.zeros(len(rows), max(lengths), dtype=torch.long)
     logprobs_BR = torch.zeros(len(rows), max(lengths))

@@ -17,7 +17,7 @@ from ppomax.models.load import context_length, load_causal_lm, load_tokenizer
 from ppomax.models.players import Policy
 from ppomax.rollout.collect import collect, eos_token_ids, response_texts
 from ppomax.rollout.sampler import Distribution
-from ppomax.stages.inputs import compute_of
+from ppomax.stages.inputs import compute_of, expect_native
 from ppomax.types import DataError, Message, Prompt, SetupError
 
 
@@ -33,6 +33,7 @@ class Speaker:
 
 def chat(config: ChatConfig) -> None:
     """Answer the messages of `--message`, of stdin (one a line), or of a person at the terminal, on stdout."""
+    expect_native(config.sampling)
     if config.message is not None and not config.message.strip():
         raise SetupError("--message: found nothing, expected a message to answer")
     names = [config.model] if config.against is None else [config.model, config.against]

@@ -27,7 +27,7 @@ from ppomax.rl.kl import k1
 from ppomax.rl.masked import masked_sum
 from ppomax.rollout.collect import collect, eos_token_ids, response_texts
 from ppomax.rollout.sampler import Distribution
-from ppomax.stages.inputs import compute_of, context_limit, fitted_prompts, required
+from ppomax.stages.inputs import compute_of, context_limit, expect_native, fitted_prompts, required
 from ppomax.stages.players import load_reward_model
 from ppomax.stages.session import opened_run
 from ppomax.types import Prompt, Rollout, SetupError, token_batch
@@ -57,6 +57,7 @@ def evaluate(config: EvaluateConfig, *, fresh: bool = False) -> dict[str, Any]:
 
 
 def _evaluate(run: Run, config: EvaluateConfig) -> dict[str, Any]:
+    expect_native(config.sampling)
     compute = compute_of(config.compute)
     judges = {spec.rpartition(":")[2]: load_function(spec) for spec in config.judge}
     tokenizer = load_tokenizer(config.policy, config.compute.chat_template)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ppomax.config import ModelConfig
+from ppomax.config import ModelConfig, SamplingConfig
 from ppomax.data.chat import fit_prompt, render_dialogue, render_prompt, render_response
 from ppomax.data.readers import ReadReport, read_prompts
 from ppomax.engine.checkpoint import file_hash
@@ -72,6 +72,14 @@ def required(specs: Sequence[str], flag: str, expected: str) -> list[str]:
 def compute_of(config: ModelConfig) -> Compute:
     """Device and precision of a stage."""
     return resolve_compute(config.device, config.dtype)
+
+
+def expect_native(sampling: SamplingConfig) -> None:
+    """Refuse another sampler where only the native one is used."""
+    if sampling.engine != "native":
+        raise SetupError(
+            f"sampling.engine: found {sampling.engine}, expected native; only `ppomax ppo` has another one"
+        )
 
 
 def training_of(config: ModelConfig, seed: int) -> dict[str, Any]:

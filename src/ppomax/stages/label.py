@@ -16,7 +16,7 @@ from ppomax.monitor.progress import progress
 from ppomax.rewards.callables import RewardFunction, call, shared_columns
 from ppomax.rollout.collect import collect, eos_token_ids, response_texts
 from ppomax.rollout.sampler import Distribution
-from ppomax.stages.inputs import compute_of, context_limit, fitted_prompts
+from ppomax.stages.inputs import compute_of, context_limit, expect_native, fitted_prompts
 from ppomax.types import Prompt
 
 RANDOM_PURPOSE = 1_000_002
@@ -31,6 +31,7 @@ def label(
     loop_every: for one prompt in so many, the best answer with its last words said again is one more answer. Sampled
     answers hardly ever loop, so that without it the reward model never learns what the judge thinks of that.
     """
+    expect_native(sampling)
     tokenizer = load_tokenizer(policy, compute.chat_template)
     read = fitted_prompts(tokenizer, prompts, 512)
     rows, ids = read.prompts, read.ids

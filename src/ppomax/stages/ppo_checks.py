@@ -8,6 +8,7 @@ from ppomax.types import SetupError
 
 # Value losses are compared in two windows of this many iterations.
 PRETRAIN_WINDOW = 2
+COLDEST_VLLM = 0.01
 
 
 def expect_possible(config: PPOConfig) -> None:
@@ -42,6 +43,7 @@ def _expect_consistent(config: PPOConfig) -> None:
         *_reward_conflicts(config),
         *_objective_conflicts(config),
         *_process_conflicts(config),
+        *_sampling_conflicts(config),
     ):
         if wrong:
             raise SetupError(f"{name}: found {found}")
@@ -78,6 +80,14 @@ def _process_conflicts(config: PPOConfig) -> list[Conflict]:
          f"{prompts} prompts an iteration for {processes} processes; expected at least one for each"),
         (processes > 1 and config.objective.kind == "trpo", "objective.kind",
          f"trpo with {processes} processes, whose step looks at whole parameters; expected one process"),
+    ]  # fmt: skip
+
+
+def _sampling_conflicts(config: PPOConfig) -> list[Conflict]:
+    engine, temperature = config.sampling.engine, config.sampling.temperature
+    return [
+        (engine == "vllm" and temperature < COLDEST_VLLM, "sampling.temperature",
+         f"{temperature:g} with sampling.engine vllm, which takes it for {COLDEST_VLLM:g}; expected that or more"),
     ]  # fmt: skip
 
 

@@ -15,12 +15,15 @@ from ppomax.monitor.statistics import histogram
 from ppomax.monitor.text import text_health
 from ppomax.rewards.callables import call, shared_columns
 from ppomax.rl.kl import k1, k3
-from ppomax.rl.masked import masked_mean, masked_sum
+from ppomax.rl.masked import masked_mean, masked_sum, zero_masked
 from ppomax.rl.objectives import explained_variance
 from ppomax.stages.ppo_setup import Job
 from ppomax.stages.scoring import TokenStatistics
 from ppomax.stages.update import Totals
 from ppomax.types import Experience, ScoredRollouts
+
+# Probability ratios of whole responses, trainer to sampler, beyond which they are counted as far.
+FAR = (0.5, 2.0)
 
 
 def metrics_row(
@@ -32,7 +35,6 @@ def metrics_row(
     B, length_B = len(rollout), rollout.length_B.float()
     kl_BR = k1(scored.old_logprobs_BR, scored.reference_logprobs_BR)
     finished = ~rollout.truncated_B
-    gap_BR = (rollout.behaviour_logprobs_BR - scored.old_logprobs_BR).abs()
     row: dict[str, Any] = {
         "iteration": iteration,
         "phase": "critic" if job.steering.pretraining(iteration, config) else "policy",
@@ -52,7 +54,7 @@ def metrics_row(
         "truncated_share": float(rollout.truncated_B.float().mean()),
         "perplexity": math.exp(-float(masked_mean(statistics.plain_logprobs_BR, mask))),
         "entropy": float(masked_mean(statistics.entropy_BR, mask)),
-        "behaviour_gap": float(masked_mean(gap_BR, mask)),
+        **sampler_gap(rollout.behaviour_logprobs_BR, scored.old_logprobs_BR, mask),
         "explained_variance": float(explained_variance(scored.values_BR, experience.returns_BR, mask))
         if job.players.critic is not None
         else math.nan,
@@ -67,6 +69,10 @@ def metrics_row(
         row["kl_full_per_sequence"] = float(masked_sum(scored.full_kl_BR, mask) / B)
     if config.objective.kind == "penalty":
         row["penalty"] = job.steering.penalty
+    if experience.weights_BR is not None and config.objective.importance_cap is not None:
+        capped_BR = experience.weights_BR >= config.objective.importance_cap
+        row["importance_weight"] = float(masked_mean(experience.weights_BR, mask))
+        row["importance_capped_share"] = float(masked_mean(capped_BR.float(), mask))
     if config.objective.target_kl is not None:
         row["stopped_early"] = totals.stopped_early
     if job.judge is not None:
@@ -75,6 +81,22 @@ def metrics_row(
         row["gold_mean"] = sum(judged) / B
     row |= job.players.clock.row()
     return {**row, "tokens_per_second": row["tokens/generated"] / row["seconds/total"]}
+
+
+def sampler_gap(behaviour_BR: Tensor, old_BR: Tensor, mask: Tensor) -> dict[str, float]:
+    """How far what the sampler says it sampled with is from what the trainer reads, log-probs [B, R] of the same ids.
+
+    Mean and largest distance per token, an estimate of KL(sampler ‖ old) per token, and the share of responses that old
+    gives less than half or more than twice the sampler's probability.
+    """
+    difference_BR = zero_masked(old_BR - behaviour_BR, mask)
+    ratio_B = difference_BR.sum(1).exp()
+    return {
+        "behaviour_gap": float(masked_mean(difference_BR.abs(), mask)),
+        "behaviour_gap_max": float(difference_BR.abs().max()),
+        "behaviour_kl": float(masked_mean(k3(behaviour_BR, old_BR), mask)),
+        "behaviour_far_share": float(((ratio_B < FAR[0]) | (ratio_B > FAR[1])).float().mean()),
+    }
 
 
 def raise_alarms(history: list[dict[str, Any]], row: dict[str, Any]) -> list[str]:

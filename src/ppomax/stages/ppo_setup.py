@@ -29,6 +29,7 @@ from ppomax.rl.kl import adaptive_coefficient, penalty_coefficient
 from ppomax.rl.shaping import Moments
 from ppomax.rollout.collect import collect, eos_token_ids, iteration_prompts, repeated
 from ppomax.rollout.sampler import Distribution
+from ppomax.rollout.vllm import VLLM, vllm_for
 from ppomax.stages.buffer import from_tensors, tensors_of, whole_rollout
 from ppomax.stages.estimate import History
 from ppomax.stages.inputs import (
@@ -66,6 +67,7 @@ class Job:
     eos_ids: list[int]
     steering: Steering
     kept: deque[ScoredRollouts]
+    engine: VLLM | None = None
     seen: History = field(default_factory=History)
     history: list[dict[str, Any]] = field(default_factory=list)
     start: int = 0
@@ -88,7 +90,7 @@ class Job:
             samples=config.samples_per_prompt, iteration=iteration, seed=config.seed,
             limit=config.sampling.max_new_tokens, distribution=self.distribution, eos_ids=self.eos_ids,
             max_rows=config.sampling.max_rows, clock=self.players.clock,
-            part=slice(*bounds[world.rank() : world.rank() + 2]),
+            part=slice(*bounds[world.rank() : world.rank() + 2]), engine=self.engine,
         ))  # fmt: skip
 
     @property
@@ -183,6 +185,8 @@ def prepare(run: Session, config: PPOConfig, reward: RewardFunction | None) -> J
     """Read data, load players, print the plan, rehearse the save, and pick up a checkpoint if there is one."""
     expect_possible(config)
     compute = compute_of(config.compute)
+    if config.sampling.engine == "vllm":  # whether it is there, before anything is read
+        vllm_for(compute)
     judge = limited(load_function(config.judge), config.reward_timeout, name="judge") if config.judge else None
     specs = required(config.prompts, "prompts", "prompts to answer")
     tokenizer = load_tokenizer(config.policy, config.compute.chat_template)
@@ -205,6 +209,7 @@ def prepare(run: Session, config: PPOConfig, reward: RewardFunction | None) -> J
         kept=deque(maxlen=config.buffer - 1),
     )  # fmt: skip
     _print_plan(run, job, str(read), ptx_report)
+    job.engine = _engine(run, job, longest)
     run.rehearse(_state_bytes(optimisers))
     run.describe(data_card(read.report, {"prompts": Part(read.prompts, [*map(len, read.ids)])}, fitted=read.fitted))
     models = [term.reward.name for term in players.terms if isinstance(term.reward, RewardModel)]
@@ -258,6 +263,18 @@ def _optimisers(players: Players, config: PPOConfig) -> Optimisers:
     return Optimisers(policy, critic, average)
 
 
+def _engine(run: Session, job: Job, longest: int) -> VLLM | None:
+    """The engine that samples instead of the native sampler, once it has shown that it computes as the policy does."""
+    sampling, policy = job.config.sampling, job.players.policy
+    if sampling.engine == "native":
+        return None
+    engine = VLLM(job.config.policy, policy, job.players.compute, longest=longest, max_rows=sampling.max_rows)
+    run.at_end.callback(engine.close)
+    gap = engine.check(policy, job.prompt_ids, sampling.temperature)
+    run.console.print(f"  {engine.name}: its log-probs are {gap:.2g} nats a token from the trainer's", markup=False)
+    return engine
+
+
 def _empty_state(optimisers: Optimisers) -> dict[str, Tensor]:
     empty = {f"policy/{name}": t for name, t in optimisers.policy.empty_state().items()}
     if optimisers.critic is not None:
@@ -300,7 +317,7 @@ def _print_plan(run: Session, job: Job, report: str, ptx_report: str) -> None:
             "iterations": f"{config.iterations}, the first {config.critic.pretrain_iterations} for the critic alone",
             "rollout": f"{config.rollout_batch} responses = {job.prompts_per_iteration} prompts × "
             f"{config.samples_per_prompt}, at most {config.sampling.max_new_tokens} tokens, temperature "
-            f"{config.sampling.temperature:g}",
+            f"{config.sampling.temperature:g}, by the {config.sampling.engine} sampler",
             "steps": f"{steps} an iteration ({config.minibatch} responses each, {config.epochs} epochs), "
             f"{policy_steps} in all"
             + (f"; each rollout is learnt from in {config.buffer} iterations" if config.buffer > 1 else ""),

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -67,6 +67,7 @@ class Session:
     console: Console = field(default_factory=lambda: Console(stderr=True, highlight=False, quiet=not world.is_first()))
     log: MetricsLog | None = None
     wait_minutes: float = 30
+    at_end: ExitStack = field(default_factory=ExitStack)
 
     def finished(self) -> dict[str, Any] | None:
         """The summary of a run that was finished before, said so; nothing of it is done or written again."""
@@ -217,7 +218,8 @@ class Session:
             self.log.append(row)
 
     def close(self) -> None:
-        """Close the log, if it was opened."""
+        """Close the log, if it was opened, and what asked for it by `at_end`."""
+        self.at_end.close()
         # Every row was flushed: what is left to write has failed before, and that failure is on its way.
         if self.log is not None:
             with suppress(OSError):
