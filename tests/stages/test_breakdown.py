@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -182,3 +183,18 @@ def test_rows_of_runs_that_only_train(tmp_path: Path) -> None:
     policy = Policy(model, train_layers=None, trained=False)
     parameters = sum(p.numel() for p in policy.base.layers.parameters() if p.ndim == 2)
     assert 6 * parameters < per_token < 12 * parameters
+
+
+def test_every_key_is_in_the_docs(run: tuple[PPOConfig, list[dict[str, Any]]], tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    told = set(re.findall(r"`([^`\s]+)`", text))
+    dialogues, pairs = write_rows(tmp_path / "d.jsonl", dialogue_rows()), write_rows(tmp_path / "p.jsonl", pair_rows())
+    learning = sft_config(tmp_path / "sft", dialogues, epochs=0.2)
+    ranking = reward_config(tmp_path / "reward", "tiny", pairs, max_steps=1)
+    sft(learning)
+    reward(ranking)
+    rows = [*run[1], *rows_of(learning.run_dir), *rows_of(ranking.run_dir)]
+    for key in {key for row in rows for key in row} - told:
+        what, _, part = key.partition("/")
+        part = re.sub(r"^score/reward/.*", "score/reward/NAME", part)
+        assert (what == "score" and "score/NAME" in told) or {f"{what}/PART", part} <= told, key
