@@ -31,21 +31,21 @@ SECRETS = {
     "AWS_SECRET_ACCESS_KEY": "secretOfTheCloud",
 }
 
-# Every attempt to reach another machine is written down and fails; files and pipes are left alone.
+# The first attempt to reach another machine is written down and ends the command.
 WATCHED = """
-import sys
+import json, sys
 attempts = []
 
 def watch(event, arguments):
     if event in ("socket.connect", "socket.sendto", "socket.getaddrinfo", "socket.gethostbyname", "socket.bind"):
         attempts.append((event, str(arguments[1:] if event.startswith("socket.c") else arguments)))
-        raise OSError("no network in this test")
+        raise KeyboardInterrupt
 
 sys.addaudithook(watch)
 from ppomax.cli import main
-code = main(sys.argv[1:])
+codes = [main(words) for words in json.loads(sys.argv[1])]
 print("ATTEMPTS", attempts)
-sys.exit(code)
+sys.exit(max(codes))
 """
 
 
@@ -206,13 +206,29 @@ def test_no_source_starts_a_program_or_runs_text() -> None:
 # What leaves the machine, and what is written down
 
 
+def watched(commands: list[list[str]], here: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    """Commands in a process that watches the network, without HF_HUB_OFFLINE."""
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    environment |= {"PPOMAX_CACHE": str(here / "cache"), "HF_HOME": str(here / "hub"), **more}
+    command = [sys.executable, "-c", WATCHED, json.dumps(commands)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=here, timeout=280)
+
+
 @pytest.mark.slow
 def test_the_pipeline_reaches_no_network_and_writes_no_secret_down(tmp_path: Path) -> None:
-    """Every stage, without HF_HUB_OFFLINE and with tokens in the environment."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    environment |= SECRETS | {"PPOMAX_CACHE": str(tmp_path / "cache"), "HF_HOME": str(tmp_path / "hub")}
-    command = [sys.executable, "-c", WATCHED, "quickstart", "--model", "tiny", "--run-dir", str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
+    """Every stage, with tokens in the environment."""
+    rows = [{"prompt": f"hi {i}", "response": "ho", "chosen": "ho", "rejected": "no"} for i in range(12)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sampling = f"--prompts rows.jsonl --sampling.max-new-tokens 4 {SHORT}"
+    commands = [
+        f"sft --model tiny --data rows.jsonl --epochs 1 --heldout 0.2 {SHORT}",
+        f"reward --model runs/sft/final --data rows.jsonl --max-steps 2 --heldout 0.3 {SHORT}",
+        f"ppo --iterations 2 --rollout-batch 4 --minibatch 4 --critic.pretrain-iterations 1 {sampling}",
+        f"evaluate --samples-per-prompt 1 {sampling}",
+        "checkpoint export runs/ppo",
+        "report runs/ppo",
+    ]
+    done = watched([command.split() for command in commands], tmp_path, **SECRETS)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "ATTEMPTS []"
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -223,16 +239,12 @@ def test_the_pipeline_reaches_no_network_and_writes_no_secret_down(tmp_path: Pat
         assert found == [] and secret.encode() not in said, key
 
 
+@pytest.mark.slow
 def test_the_watch_sees_an_attempt(tmp_path: Path) -> None:
-    """A hub name is the one thing that reaches out, and only it."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
-    environment |= {"HF_HOME": str(tmp_path / "hub"), "HF_HUB_ETAG_TIMEOUT": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "1"}
+    """A hub name reaches out: were the watch blind, the test above would prove nothing."""
     (tmp_path / "rows.jsonl").write_text('{"prompt": "hi", "response": "ho"}\n')
-    words = sft("nobody/no-such-model", str(tmp_path / "rows.jsonl"), tmp_path / "run")
-    done = subprocess.run(
-        [sys.executable, "-c", WATCHED, *words], capture_output=True, text=True, env=environment, timeout=200
-    )
-    assert done.returncode == 2
+    done = watched([sft("nobody/no-such-model", "rows.jsonl", tmp_path / "run")], tmp_path)
+    assert done.returncode == 130, done.stderr
     assert "huggingface.co" in done.stdout.splitlines()[-1]
 
 

@@ -151,7 +151,7 @@ def test_after_sigterm_the_grace_is_kept_and_the_exit_code_is_0(
     """An iteration that takes longer than the grace is given up; what was saved before it stays."""
     slow = ["--judge", "stages.toy:slow_reward", "--save.grace", "0.5"]
     running = command(words("ppo", tmp_path / "run", *slow), tmp_path / "log")
-    running.wait_for(lambda: (tmp_path / "run" / "checkpoints" / "iteration-0").exists())
+    running.wait_for(lambda: "thinking" in running.said())
     began = time.monotonic()
     assert running.stop(signal.SIGTERM) == 0
     assert time.monotonic() - began < 40  # the judge takes a minute

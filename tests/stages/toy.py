@@ -181,8 +181,9 @@ calls = itertools.count()
 
 
 def slow_reward(prompts: Sequence[Any], responses: Sequence[str], **columns: Any) -> list[float]:
-    """A reward that lets the first batch pass and then thinks for a minute."""
+    """A reward that lets the first batch pass and then says so and thinks for a minute."""
     if next(calls) > 0:
+        print("thinking", flush=True)
         time.sleep(60)
     return [0.0] * len(responses)
 
