@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import traceback
@@ -14,6 +15,7 @@ from ppomax.cli.show import (
     show_difference,
     show_doctor,
     show_error,
+    show_plan,
     show_recipe,
     show_recipe_chosen,
     show_recipes,
@@ -79,10 +81,15 @@ def _call(name: str, call: Invocation) -> None:
         return
     if call.recipe:
         show_recipe_chosen(name, call.recipe)
+    as_json = call.options.pop("json", False)
     stage = getattr(import_module(f"ppomax.stages.{name}"), name)
     result = stage(call.config, **call.options)
-    if name == "doctor":
+    if as_json:
+        print(json.dumps(result, indent=2))
+    elif name == "doctor":
         show_doctor(result)
+    elif name == "plan":
+        show_plan(result)
     elif name != "chat":
         show_summary(call.config.run_dir, result)
 

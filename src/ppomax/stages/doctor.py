@@ -37,7 +37,8 @@ SECONDS_PER_MEASUREMENT = 1.0
 
 def doctor(config: DoctorConfig) -> dict[str, Any]:
     """Findings: `packages` (name, version or None, purpose, install), `machine` (facts by name, in words), `numbers`
-    (what the facts are made from), `concerns` (sentences), and with `measure` GFLOP/s by dtype under `gflops`."""
+    (what the facts are made from), `concerns` (sentences), and with `measure` GFLOP/s by dtype under `gflops` and GB/s
+    under `gigabytes_read`."""
     compute = resolve_compute("auto", "auto")
     numbers = _numbers(compute)
     packages: list[dict[str, Any]] = [{"name": "ppomax", "version": __version__}]
@@ -51,6 +52,8 @@ def doctor(config: DoctorConfig) -> dict[str, Any]:
     }
     if config.measure:
         found["gflops"] = {name: matmul_gflops(getattr(torch, name), compute) for name in ("float32", "bfloat16")}
+        found["gigabytes_read"] = read_gigabytes(compute)
+        found["machine"]["reading memory"] = f"{found['gigabytes_read']:,.0f} GB/s"
         found["machine"]["matrix products"] = ", ".join(f"{n} {v:,.0f} GFLOP/s" for n, v in found["gflops"].items())
     return found
 
@@ -101,6 +104,20 @@ def matmul_gflops(dtype: torch.dtype, compute: Compute) -> float:
     return 2 * size**3 * count / seconds / 1e9
 
 
+def read_gigabytes(compute: Compute) -> float:
+    """Speed of reading memory, as a product of a matrix and a vector does it, in units of 1e9 bytes a second."""
+    matrix, vector = (torch.ones(8192, n, device=compute.device, dtype=compute.dtype).squeeze() for n in (8192, 1))
+    count, seconds = 0, 0.0
+    torch.mv(matrix, vector)
+    _wait(compute)
+    start = time.perf_counter()
+    while seconds < SECONDS_PER_MEASUREMENT:
+        torch.mv(matrix, vector)
+        _wait(compute)
+        count, seconds = count + 1, time.perf_counter() - start
+    return matrix.numel() * matrix.element_size() * count / seconds / 1e9
+
+
 def _wait(compute: Compute) -> None:
     if compute.device.type == "cuda":
         torch.cuda.synchronize(compute.device)
@@ -115,8 +132,7 @@ def _package(name: str, purpose: str, install: str) -> dict[str, Any]:
 
 
 def _numbers(compute: Compute) -> dict[str, Any]:
-    memory = psutil.virtual_memory()
-    limit, used = _container_memory()
+    memory, (limit, used) = psutil.virtual_memory(), _container_memory()
     return {
         "device": compute.device.type,
         "dtype": str(compute.dtype).removeprefix("torch."),
@@ -124,7 +140,7 @@ def _numbers(compute: Compute) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
         "load": os.getloadavg()[0],
-        "memory_total": min(memory.total, limit),
+        "memory_total": memory_total(),
         "memory_available": min(memory.available, limit - used),
         "disk_free": {str(path): free_bytes(path) for path in (cache_directory(), Path.cwd())},
         "smollm2_converted": (cache_directory() / "smollm2-135m-v1" / "config.json").exists(),
@@ -145,6 +161,11 @@ def _facts(compute: Compute, numbers: dict[str, Any]) -> dict[str, str]:
         "dtype auto": f"{numbers['dtype']}, because {where} {has} bfloat16 instructions",
         "smollm2-135m": f"{converted} ({cache_directory()})",
     }
+
+
+def memory_total() -> float:
+    """Bytes of memory that this machine, or the container, has."""
+    return min(psutil.virtual_memory().total, _container_memory()[0])
 
 
 def _container_memory() -> tuple[float, float]:
