@@ -159,6 +159,20 @@ def test_what_players_have_in_common_is_counted_once() -> None:
     assert held(role("reward", scalar=True, trained=False, shares_trunk=False), upper).owned == shape.scalar
 
 
+def test_directories_of_one_architecture_share_their_lower_layers(tmp_path: Path) -> None:
+    names = [str(tmp_path / name) for name in ("policy", "reward", "other")]
+    for name, layers in zip(names, (3, 3, 4), strict=True):
+        small(num_hidden_layers=layers).save_pretrained(name)
+    policy, reward, other = names
+    upper = ModelConfig(train_layers=1)
+    found = plan(PlanConfig(policy=policy, reward=(reward,), gpus="1x24g", compute=upper))
+    shape = role().shape
+    assert found["players"]["reference"]["weights"] == 2 * (shape.layer + shape.rest)
+    assert found["players"]["reward"]["weights"] == 2 * (shape.layer + shape.rest + shape.hidden)
+    with pytest.raises(SetupError, match="policy and critic of different sizes"):
+        plan(PlanConfig(policy=policy, reward=(other,), gpus="1x24g", compute=upper))
+
+
 def test_sharded_state_by_hand() -> None:
     machine, n = Machine(8, 80 * GIB, 2, packs=False), 6_738_415_616
     policy = Role("policy", shape_sized("7b", 7e9), False, True)

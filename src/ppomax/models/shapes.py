@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,14 +35,14 @@ EMBEDDED = {"smollm2-135m": "135m"}
 
 @dataclass(frozen=True)
 class Shape:
-    """A decoder's axes and its parameters by part.
+    """A decoder's axes and its parameters by part; two that differ in name alone are equal.
 
     embedding: of the vocabulary; layer: one decoder layer; matrices: of it, those in matrix products; rank_one: what
     one rank of adapters adds to a layer (in + out of each matrix); rest: final norm, positions; unembedding: 0 if it
     is the embedding.
     """
 
-    name: str
+    name: str = field(compare=False)
     layers: int
     hidden: int
     heads: int

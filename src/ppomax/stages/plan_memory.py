@@ -286,13 +286,14 @@ def _backward(
     """Gradients, activations and working memory at the worst moment of the update.
 
     Policy and critic take turns in every microbatch, and both step at its minibatch's end. With one microbatch a
-    minibatch, the gradients of a player are not there yet when its first backward pass begins.
+    minibatch, the gradients of a player are not there yet when its backward pass begins; they are when a checkpointed
+    pass comes to its last layer, which it recomputes.
     """
     trained, part = [role for role in roles if role.trained], microbatch(config, machine)
     alone = part.alone and config.ptx_weight is None
     moments = [{"gradients": sum(players[role.name].gradients for role in trained)}]
     for number, role in enumerate(trained):
-        there = trained[:number] if alone else trained
+        there = trained[: number + int(config.compute.gradient_checkpointing)] if alone else trained
         working = max(
             vocabulary_working(role, config, machine, trains=True), backward_working(role.shape, part, machine.compute)
         )
