@@ -106,6 +106,7 @@ def test_help_lists_every_verb_with_a_line(capsys: pytest.CaptureFixture[str]) -
         "sft",
         "reward",
         "ppo",
+        "plan",
         "evaluate",
         "rank",
         "chat",
@@ -138,7 +139,7 @@ def test_help_of_a_verb_has_every_setting_and_run_flag(name: str, capsys: pytest
 
 def test_run_flags_stand_where_they_mean_something() -> None:
     assert {name for name, verb in VERBS.items() if "resume" in verb.flags} == {"sft", "reward", "ppo"}
-    assert {name for name, verb in VERBS.items() if "recipe" in verb.flags} == {"sft", "reward", "ppo"}
+    assert {name for name, verb in VERBS.items() if "recipe" in verb.flags} == {"sft", "reward", "ppo", "plan"}
     assert "fresh" in flags_of(VERBS["quickstart"].schema) and "fresh" not in VERBS["quickstart"].flags
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         ModelConfig,
         ObjectiveConfig,
         OptimConfig,
+        PlanConfig,
         PPOConfig,
         QuickstartConfig,
         RankConfig,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from ppomax.monitor.report import write_report
     from ppomax.stages.chat import chat
     from ppomax.stages.evaluate import evaluate
+    from ppomax.stages.plan import plan
     from ppomax.stages.ppo import ppo
     from ppomax.stages.quickstart import quickstart
     from ppomax.stages.rank import rank
@@ -52,6 +54,7 @@ __all__ = [
     "ObjectiveConfig",
     "OptimConfig",
     "PPOConfig",
+    "PlanConfig",
     "QuickstartConfig",
     "RankConfig",
     "ReportConfig",
@@ -62,6 +65,7 @@ __all__ = [
     "ScoreConfig",
     "chat",
     "evaluate",
+    "plan",
     "ppo",
     "quickstart",
     "rank",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import traceback
@@ -16,6 +17,7 @@ from ppomax.cli.show import (
     show_difference,
     show_doctor,
     show_error,
+    show_plan,
     show_recipe,
     show_recipe_chosen,
     show_recipes,
@@ -90,12 +92,18 @@ def _call(name: str, call: Invocation) -> None:
     first = os.environ.get("RANK", "0") == "0"  # of several processes the first one prints
     if call.recipe and first:
         show_recipe_chosen(name, call.recipe)
+    as_json = call.options.pop("json", False)
     stage = getattr(import_module(f"ppomax.stages.{name}"), name)
     result = stage(call.config, **call.options)
+    own = {
+        "doctor": show_doctor, "checkpoint": show_checkpoints, "replay": show_replay, "plan": show_plan,
+        "chat": lambda _: None,
+    }  # fmt: skip
     if not first:
         return
-    own = {"doctor": show_doctor, "checkpoint": show_checkpoints, "replay": show_replay, "chat": lambda _: None}
-    if name in own:
+    if as_json:
+        print(json.dumps(result, indent=2))
+    elif name in own:
         own[name](result)
     else:
         show_summary(call.config.run_dir, result)

@@ -16,6 +16,7 @@ from ppomax.config import (
     CheckpointConfig,
     DoctorConfig,
     EvaluateConfig,
+    PlanConfig,
     PPOConfig,
     QuickstartConfig,
     RankConfig,
@@ -64,6 +65,7 @@ VERBS = {
     "sft": Verb(SFTConfig, SFT_RECIPES, ("config", "recipe", "resume", "fresh")),
     "reward": Verb(RewardConfig, REWARD_RECIPES, ("config", "recipe", "resume", "fresh")),
     "ppo": Verb(PPOConfig, PPO_RECIPES, ("config", "recipe", "resume", "fresh")),
+    "plan": Verb(PlanConfig, PPO_RECIPES, ("config", "recipe", "json")),
     "evaluate": Verb(EvaluateConfig, flags=("config", "fresh")),
     "rank": Verb(RankConfig, flags=("config", "fresh")),
     "chat": Verb(ChatConfig),
@@ -82,7 +84,7 @@ ABOUT = {
 
 @dataclass(frozen=True)
 class Invocation:
-    """A parsed command line: the verb's settings, the recipe they began with, and `resume` and `fresh` where taken."""
+    """A parsed command line: the verb's settings, the recipe they began with, and the flags that are not settings."""
 
     config: Any
     recipe: str | None
@@ -100,7 +102,7 @@ def parse(name: str, words: Sequence[str]) -> Invocation:
     verb = VERBS[name]
     words = _with_flags(verb, words)
     recipe, base = _below_flags(verb, words)
-    defaults: dict[str, Any] = {"config": None, "recipe": recipe, "resume": False, "fresh": False}
+    defaults: dict[str, Any] = {"config": None, "recipe": recipe, "resume": False, "fresh": False, "json": False}
     form = _form(verb)
     given = tyro.cli(
         form,
@@ -110,7 +112,7 @@ def parse(name: str, words: Sequence[str]) -> Invocation:
         default=form(settings=base, **{flag: defaults[flag] for flag in verb.flags}),
         registry=_as_dicts(),
     )
-    options = {flag: getattr(given, flag) for flag in ("resume", "fresh") if flag in verb.flags}
+    options = {flag: getattr(given, flag) for flag in ("resume", "fresh", "json") if flag in verb.flags}
     return Invocation(overlay(base, given.settings, origin="command line"), recipe, options)
 
 
@@ -137,7 +139,7 @@ def _below_flags(verb: Verb, words: Sequence[str]) -> tuple[str | None, Schema]:
     if verb.recipes:
         in_file = values.pop("recipe", None)
         recipe = _value_of("--recipe", words) or (None if in_file is None else str(in_file))
-    base = recipe_named(recipe, verb.recipes) if recipe else verb.schema()
+    base = verb.schema(**recipe_named(recipe, verb.recipes).model_dump()) if recipe else verb.schema()
     return recipe, overlay(base, values, origin=file) if file else base
 
 
@@ -166,6 +168,7 @@ def _form(verb: Verb) -> Any:
         "fresh": Annotated[
             bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help="Delete the run that is there and start over.")
         ],
+        "json": Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help="Print everything counted, as JSON.")],
     }
     settings = ("settings", Annotated[verb.schema, tyro.conf.arg(name="")])
     return dataclasses.make_dataclass("Form", [*((flag, kinds[flag]) for flag in verb.flags), settings], frozen=True)

@@ -1,5 +1,6 @@
 """Schemas, named recipes, and how a file and flags are laid over them."""
 
+from ppomax.config.plan import PlanConfig
 from ppomax.config.ppo import CriticConfig, KLConfig, ObjectiveConfig, PPOConfig, ScoreConfig
 from ppomax.config.schema import (
     ChatConfig,
@@ -30,6 +31,7 @@ __all__ = [
     "ObjectiveConfig",
     "OptimConfig",
     "PPOConfig",
+    "PlanConfig",
     "QuickstartConfig",
     "RankConfig",
     "ReplayConfig",

@@ -121,8 +121,7 @@ def _package(name: str, purpose: str, install: str) -> dict[str, Any]:
 
 
 def _numbers(compute: Compute) -> dict[str, Any]:
-    memory = psutil.virtual_memory()
-    limit, used = _container_memory()
+    memory, (limit, used) = psutil.virtual_memory(), _container_memory()
     return {
         "device": compute.device.type,
         "dtype": str(compute.dtype).removeprefix("torch."),
@@ -130,7 +129,7 @@ def _numbers(compute: Compute) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
         "load": os.getloadavg()[0],
-        "memory_total": min(memory.total, limit),
+        "memory_total": memory_total(),
         "memory_available": min(memory.available, limit - used),
         "disk_free": {str(path): free_bytes(path) for path in (cache_directory(), Path.cwd())},
         "smollm2_converted": (cache_directory() / "smollm2-135m-v1" / "config.json").exists(),
@@ -151,6 +150,11 @@ def _facts(compute: Compute, numbers: dict[str, Any]) -> dict[str, str]:
         "dtype auto": f"{numbers['dtype']}, because {where} {has} bfloat16 instructions",
         "smollm2-135m": f"{converted} ({cache_directory()})",
     }
+
+
+def memory_total() -> float:
+    """Bytes of memory that this machine, or the container, has."""
+    return min(psutil.virtual_memory().total, _container_memory()[0])
 
 
 def _container_memory() -> tuple[float, float]:
