@@ -76,7 +76,7 @@ def run_in_two(folder: Path, jobs: list[tuple[Any, dict[str, bool]]]) -> None:
     for process in processes:
         process.start()
     for process in processes:
-        process.join(280)
+        process.join(1000)
         if process.is_alive():
             process.kill()
     failures = [file.read_text() for file in sorted(folder.glob("failed-*.txt"))]

@@ -75,6 +75,7 @@ NAMES = [*runs(Path(), Trained(Path(), Path()), Trained(Path(), Path()), Toys(""
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # the first test waits for all runs
 @pytest.mark.parametrize("name", NAMES)
 def test_two_processes_do_what_one_does(both: tuple[dict[str, Any], dict[str, Any]], name: str) -> None:
     one, two = both[0][name].run_dir, both[1][name].run_dir
