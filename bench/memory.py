@@ -116,7 +116,8 @@ def _settings(folder: Path, model: LlamaConfig | str, changes: dict[str, Any]) -
     if isinstance(model, LlamaConfig):
         model.bos_token_id, model.eos_token_id, model.pad_token_id = 1, 2, 2
         export(LlamaForCausalLM(model).to(torch.bfloat16), tokenizer, Path(policy))
-    scalar = load_scalar_lm(policy, resolve_compute("cpu", "bfloat16"), fresh_head_seed=0)
+    as_stored = resolve_compute("cpu", "float32" if model == "tiny" else "bfloat16")
+    scalar = load_scalar_lm(policy, as_stored, fresh_head_seed=0)
     export_scalar(scalar, tokenizer, folder / "reward")
     texts = [f"Write about {a} and {b}." for a in string.ascii_lowercase for b in string.ascii_lowercase]
     lengths = {t: len(render_prompt(tokenizer, [{"role": "user", "content": t}])) for t in texts}

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ppomax.config.plan import PlanConfig
+from ppomax.engine.checkpoint import FILE_BYTES
 from ppomax.models.attention import LONGEST_FOLDED
 from ppomax.models.logprobs import CHUNK_BYTES
 from ppomax.models.shapes import Shape
@@ -267,6 +268,7 @@ def phases(
             "lower layers' states": trunk,
             **_backward(roles, players, config, machine, sharded=sharded),
         },
+        "save": {"always": always, "working": _saving(roles, players)} if machine.packs else {},
     }
     return {phase: {name: size for name, size in parts.items() if size} for phase, parts in found.items() if parts}
 
@@ -278,6 +280,13 @@ def _loading(roles: Sequence[Role], machine: Machine) -> dict[str, float]:
     """
     sizes = [float(role.parameters) for role in roles]
     return {"weights": sum(sizes) * machine.compute, "file": 2 * max(sizes) if machine.packs else 0.0}
+
+
+def _saving(roles: Sequence[Role], players: dict[str, Bytes]) -> float:
+    """A checkpoint's file twice, tensor by tensor and as it is written; on a GPU this is the host's memory."""
+    trained = [role for role in roles if role.trained]
+    state = sum(1.5 * players[role.name].moments + players[role.name].average for role in trained)
+    return 2 * min(state, FILE_BYTES)
 
 
 def _backward(
