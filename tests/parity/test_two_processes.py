@@ -34,12 +34,12 @@ def runs(folder: Path, trained: Trained, trained_above: Trained, toys: Toys) -> 
         return ppo_config(folder / name, policy, toys.prompts, **{"compute": SMALL, **changes})
 
     return {
-        "sft": sft_config(folder / "sft", toys.dialogues, compute=SMALL, optim=CALM),
+        "sft": sft_config(folder / "sft", toys.dialogues, epochs=0.5, compute=SMALL, optim=CALM),
         "sft checkpointing": sft_config(
             folder / "sft-2", toys.dialogues, epochs=0.5, optim=CALM,
             compute=compute(shard="zero2", gradient_checkpointing=True),
         ),
-        "reward": reward_config(folder / "reward", trained.sft, toys.pairs, compute=SMALL, optim=CALM),
+        "reward": reward_config(folder / "reward", trained.sft, toys.pairs, epochs=1, compute=SMALL, optim=CALM),
         "reward top": reward_config(
             folder / "reward-top", trained.sft, toys.pairs, compute=compute(train_layers=1), optim=CALM, epochs=1
         ),
