@@ -18,7 +18,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-inp
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-fast check mutate bench bench-reward bench-sft bench-vllm test-vllm golden clean
+.PHONY: help venv quickstart test test-fast test-faults test-vllm check mutate
+.PHONY: bench bench-reward bench-sft bench-vllm golden clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z -]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -53,7 +54,10 @@ test: $(INSTALLED) ## all tests
 	@$(PYTEST) $(ARGS)
 
 test-fast: $(INSTALLED) ## all tests but the slow ones
-	@$(PYTEST) -m "not slow" $(ARGS)
+	@$(PYTEST) -m "not slow and not faults" $(ARGS)
+
+test-faults: $(INSTALLED) ## runs that are killed dozens of times and go on exactly; minutes
+	@$(PYTEST) -m faults -rP --durations 5 tests/faults $(ARGS)
 
 # The tests of random state import torch and transformers, seconds that belong to `make test`.
 check: $(INSTALLED) ## lint, format, types, layers of imports: under 30 seconds
@@ -65,17 +69,17 @@ check: $(INSTALLED) ## lint, format, types, layers of imports: under 30 seconds
 mutate: $(INSTALLED) ## plant each known mistake in a copy of src/: a test must notice it; minutes, ARGS="21 22" for some
 	@$(BIN)/python tests/mutation/run.py $(ARGS)
 
-bench: $(INSTALLED) ## speed and quality against the recorded numbers
-	@$(BIN)/python bench/run.py $(ARGS)
-
-# TRL is a peer, not a dependency: it goes into a folder of its own.
-PEERS := build/peers
-$(PEERS)/trl/__init__.py: $(INSTALLED)
-	@$(PIP) --target $(PEERS) --no-deps trl==1.16.0
+# TRL is a peer, not a dependency: each version goes into a folder of its own. 1.12.0 is the last one with PPO.
+PEER := build/peers/trl-
+$(PEER)%/trl/__init__.py: $(INSTALLED)
+	@$(PIP) --target $(PEER)$* --no-deps trl==$*
 	@touch $@
 
-bench-reward bench-sft: bench-%: $(INSTALLED) $(PEERS)/trl/__init__.py ## training beside TRL's RewardTrainer, SFTTrainer; ARGS="--rows 512 --repeats 3"
-	@PYTHONPATH=$(PEERS) $(BIN)/python bench/training.py $* $(ARGS)
+bench: $(INSTALLED) $(PEER)1.12.0/trl/__init__.py ## PPO beside TRL, generation beside transformers; ARGS="--precision float32", ARGS=--quick
+	@PYTHONPATH=$(PEER)1.12.0 $(BIN)/python -m bench.run $(ARGS)
+
+bench-reward bench-sft: bench-%: $(INSTALLED) $(PEER)1.16.0/trl/__init__.py ## training beside TRL's RewardTrainer, SFTTrainer; ARGS="--rows 512 --repeats 3"
+	@PYTHONPATH=$(PEER)1.16.0 $(BIN)/python -m bench.training $* $(ARGS)
 
 # vLLM for processors goes into an environment of its own (3.5 GB): it holds some packages at older versions. Its three
 # requirements beside torch that are built for one torch each (vision, audio, codec) are not used here and left out; pip

@@ -1,125 +1,141 @@
-"""Side by side in one run: ppomax against plain transformers on the same model, prompts and precision.
+"""PPO beside TRL, generation and log-probs beside transformers: the same models, prompts, lengths, precision and steps.
 
-    make bench                      # SmolLM2-135M, bfloat16 where it is fast
-    .venv/bin/python bench/run.py --model tiny --repeats 1
+    make bench                                                 # both workloads, every precision that is fast here
+    make bench ARGS="--precision float32 --data hh.jsonl.gz"   # realistic prompts from a file of pairs or dialogues
+    make bench ARGS=--quick                                    # the model `tiny`, a minute or two: tries the script
+    make bench ARGS="--ours-only --workloads --scaling"        # our seconds by tokens alone
 
-Every contender runs in turn, `repeats` times; the best time of each counts, and the spread is shown. The ratios are
-what to look at: absolute times belong to one machine on one day. The table is printed and written to bench/results.md.
+Contenders run in turn, each in a process of its own; the fastest repetition counts, and the spread is shown (layouts
+that train less than everything run once). Whether the work was equal is counted: where it was not, the file says so
+and the command fails. Written section by section to bench/results.md, with --quick to build/bench-quick.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import platform
-import time
-from collections.abc import Callable
+import json
+import shlex
+import sys
+import tempfile
+from datetime import date
+from importlib.util import find_spec
 from pathlib import Path
 
-import torch
-import transformers
-
-from ppomax.models.load import load_causal_lm, load_tokenizer, resolve_compute
-from ppomax.models.players import Policy
-from ppomax.rollout.sampler import Distribution, sample
-from ppomax.types import token_batch
-
-ROWS, NEW_TOKENS, PROMPT_WORDS = 32, 64, (8, 40)
+from bench import tables
+from bench.common import Run, in_turn, processor, versions
+from bench.plan import LONG_SCALE, OUR_PRECISION, PRECISIONS, SCALES, Contender, Workload, contenders, workloads
 
 
 def main() -> None:
-    """Run both comparisons and write the table."""
+    """The contender that is named, or all of them and the file."""
+    arguments = _arguments()
+    known = workloads(
+        arguments.rows, arguments.new_tokens, (*SCALES, LONG_SCALE)[: 4 if arguments.long else 3 * arguments.scaling]
+    )
+    if arguments.contender:
+        print(json.dumps(_contend(arguments, known)))
+        return
+    with tempfile.TemporaryDirectory() as work:
+        wrong = _bench(arguments, known, work)
+    print(arguments.out.read_text(encoding="utf-8"))
+    if wrong:
+        sys.exit("the work was not equal: " + "; ".join(wrong))
+
+
+def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, help="default: those that are fast here")
+    parser.add_argument("--workloads", nargs="*", choices=["fixed", "realistic"], default=["fixed", "realistic"])
+    parser.add_argument("--data", help="prompts of the realistic workload; default: the quickstart's, which are short")
+    parser.add_argument("--rows", type=int, default=32, help="responses an iteration, a multiple of 8")
+    parser.add_argument("--new-tokens", type=int, default=64, help="of fixed; realistic stops at twice as many at most")
+    parser.add_argument("--iterations", type=int, default=2, help="of a run, the first of which warms up")
+    parser.add_argument("--repeats", type=int, default=2, help="runs of each contender")
+    parser.add_argument("--ours-only", action="store_true", help="without TRL")
+    parser.add_argument("--scaling", action="store_true", help="also our iteration at 1k, 4k and 16k tokens")
+    parser.add_argument("--long", action="store_true", help="the same, and 64k")
+    parser.add_argument("--quick", action="store_true", help="tiny model, few tokens, float32, one run each")
+    parser.add_argument("--out", type=Path, help="default: bench/results.md, with --quick build/bench-quick.md")
+    for internal in ("--contender", "--workload", "--work"):
+        parser.add_argument(internal, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    compute = resolve_compute("auto", arguments.dtype)
-    tokenizer = load_tokenizer(arguments.model)
-    ours = Policy(load_causal_lm(arguments.model, compute), train_layers=None, trained=True)
-    theirs = load_causal_lm(arguments.model, compute)
-    theirs.set_attn_implementation("sdpa")  # transformers' own default
-    prompts = _prompts(tokenizer)
-    rows = [
-        _compare(
-            f"generate {ROWS} × {NEW_TOKENS} tokens", "generate()", ROWS * NEW_TOKENS, arguments.repeats,
-            lambda: _our_generation(ours, prompts), lambda: _their_generation(theirs, prompts),
-        ),
-        _compare(
-            "log-probs of the responses, forward + backward", "cross-entropy on full logits", ROWS * NEW_TOKENS,
-            arguments.repeats, lambda: _our_training(ours, prompts), lambda: _their_training(theirs, prompts),
-        ),
-    ]  # fmt: skip
-    heading = (
-        f"{arguments.model}, {str(compute.dtype)[6:]}, {compute.device}, {os.cpu_count()} {platform.machine()} cores, "
-        f"torch {torch.__version__}, transformers {transformers.__version__}, best of {arguments.repeats}"
-    )
-    table = "\n".join(
-        ["| work | peer | ppomax tok/s | peer tok/s | ratio | spread ours / peer |", "|---|---|---|---|---|---|", *rows]
-    )
-    text = f"# Benchmark\n\n{heading}\n\n{table}\n"
-    Path(__file__).with_name("results.md").write_text(text, encoding="utf-8")
-    print(text)
+    if arguments.iterations < 2:
+        parser.error(f"--iterations: found {arguments.iterations}, expected 2 or more, because the first one warms up")
+    if arguments.rows < 8 or arguments.rows % 8:
+        parser.error(f"--rows: found {arguments.rows}, expected a multiple of 8")
+    if not arguments.ours_only and not find_spec("trl"):
+        parser.error("TRL is not installed; `make bench` installs it, or give --ours-only")
+    if arguments.quick:
+        quick = {"model": "tiny", "rows": 8, "new_tokens": 16, "repeats": 1}
+        vars(arguments).update(quick, precision=arguments.precision or ["float32"])
+    arguments.out = arguments.out or Path("build/bench-quick.md" if arguments.quick else "bench/results.md")
+    return arguments
 
 
-def _compare(
-    work: str, peer: str, tokens: int, repeats: int, ours: Callable[[], None], theirs: Callable[[], None]
-) -> str:
-    ours(), theirs()
-    times: tuple[list[float], list[float]] = ([], [])
-    for _ in range(repeats):
-        for run, kept in zip((ours, theirs), times, strict=True):
-            began = time.perf_counter()
-            run()
-            kept.append(time.perf_counter() - began)
-    best, peer_best = min(times[0]), min(times[1])
-    spread = " / ".join(f"{max(t) / min(t):.2f}" for t in times)
-    return (
-        f"| {work} | {peer} | {tokens / best:,.0f} | {tokens / peer_best:,.0f} | {peer_best / best:.2f}× | {spread} |"
-    )
+def _contend(arguments: argparse.Namespace, known: dict[str, Workload]) -> Run:
+    """What this process was started for."""
+    from bench.materials import prepare
+    from bench.passes import measure
+    from bench.ppo import contend
+
+    kind, *details = arguments.contender.split()
+    work = Path(arguments.work)
+    if kind == "prepare":
+        return prepare(arguments.model, arguments.data, list(known.values()), work)
+    if kind == "passes":
+        return measure(arguments.model, details[0], known["fixed"], work, repeats=arguments.repeats)
+    with tempfile.TemporaryDirectory(dir=work) as scratch:
+        return contend(Contender(kind, *details), arguments, known[arguments.workload], work, Path(scratch))
 
 
-def _prompts(tokenizer: object) -> list[list[int]]:
-    low, high = PROMPT_WORDS
-    texts = [
-        " ".join(["tell me about rivers and lamps"] * 8).split()[: low + (high - low) * i // ROWS] for i in range(ROWS)
-    ]
-    return [tokenizer(" ".join(words))["input_ids"] for words in texts]  # type: ignore[operator]
+def _bench(arguments: argparse.Namespace, known: dict[str, Workload], work: str) -> list[str]:
+    """Run everything and write the file, section by section; returns what was not equal."""
+
+    def turns(names: list[str], repeats: int = 1, workload: str = "") -> dict[str, list[Run]]:
+        given = [*sys.argv[1:], "--work", work, "--workload", workload]
+        return in_turn("bench.run", {name: [*given, "--contender", name] for name in names}, repeats)
+
+    machine = turns(["prepare"])["prepare"][0]
+    precisions = arguments.precision or PRECISIONS[: 3 if machine["bfloat16"] else 1]
+    dtypes = list(dict.fromkeys(OUR_PRECISION[p] for p in precisions))
+    sections, wrong = [tables.heading(_facts(arguments, machine))], []
+
+    def write(section: str) -> None:
+        sections.append(section)
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
+
+    for name in arguments.workloads:
+        chosen = contenders(precisions, trl=not arguments.ours_only, layouts=name == "fixed")
+        runs = turns([str(one) for one in chosen if one.layout == "full"], arguments.repeats, name)
+        runs |= turns([str(one) for one in chosen if one.layout != "full"], 1, name)
+        section, unequal = tables.ppo_section(known[name], {one: runs[str(one)] for one in chosen})
+        write(section)
+        wrong += unequal
+    if arguments.workloads:
+        names = {dtype: f"passes {dtype}" for dtype in dtypes}
+        write(tables.passes_section({dtype: turns([name])[name][0] for dtype, name in names.items()}))
+    scales = [workload for name, workload in known.items() if name not in ("fixed", "realistic")]
+    if scales:
+        ours = str(Contender("ppomax", dtypes[0]))
+        write(tables.scaling_section({one: turns([ours], 1, one.name)[ours][0] for one in scales}))
+    return wrong
 
 
-def _our_generation(policy: Policy, prompts: list[list[int]]) -> None:
-    uniforms = torch.rand(ROWS, NEW_TOKENS, generator=torch.Generator().manual_seed(0))
-    sample(policy, prompts, uniforms, distribution=Distribution(), eos_ids=[], max_rows=ROWS)
-
-
-@torch.inference_mode()
-def _their_generation(model: torch.nn.Module, prompts: list[list[int]]) -> None:
-    width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-    model.generate(  # type: ignore[operator]
-        input_ids=ids, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=NEW_TOKENS,
-        min_new_tokens=NEW_TOKENS, pad_token_id=0,
-    )  # fmt: skip
-
-
-def _our_training(policy: Policy, prompts: list[list[int]]) -> None:
-    batch = token_batch(prompts, [[5] * NEW_TOKENS] * ROWS)
-    policy(batch).logprobs_BT.sum().backward()
-    policy.zero_grad()
-
-
-def _their_training(model: torch.nn.Module, prompts: list[list[int]]) -> None:
-    model.requires_grad_(True)
-    width = max(map(len, prompts)) + NEW_TOKENS
-    rows = [p + [5] * NEW_TOKENS for p in prompts]
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
-    labels = torch.full_like(ids, -100)
-    for i, prompt in enumerate(prompts):
-        labels[i, len(prompt) : len(prompt) + NEW_TOKENS] = 5
-    model(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss.backward()
-    model.zero_grad()
+def _facts(arguments: argparse.Namespace, machine: Run) -> dict[str, str]:
+    given = list(sys.argv[1:])
+    if arguments.data:  # a path says something about a machine, not about the data
+        given = [word.replace(arguments.data, Path(arguments.data).name) for word in given]
+    packages = ["ppomax", "torch", "transformers", "accelerate", *([] if arguments.ours_only else ["trl"])]
+    return {
+        "command": "`make bench" + (f" ARGS={shlex.quote(shlex.join(given))}" if given else "") + f"`, {date.today()}",
+        "machine": f"{processor()}; cores: {machine['cores']}; {machine['memory']} of memory; "
+        f"{machine['matrix products']}; load {machine['load']:.1f} before the start",
+        "versions": f"python {machine['python']}, {versions(*packages)}",
+        "PPO": f"{arguments.model}, four of them; everything in policy and critic is trained, one epoch; fastest of "
+        f"{arguments.repeats} runs of {arguments.iterations} iterations, the first of each left out",
+    }
 
 
 if __name__ == "__main__":

@@ -14,19 +14,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import resource
-import subprocess
 import sys
 import tempfile
 from importlib.metadata import version
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bench.common import DIALOGUES, Run, in_turn, peak_gib, processor, spread, table, versions
 from ppomax.config import ModelConfig, OptimConfig, RankConfig, RewardConfig, SaveConfig, SFTConfig
 from ppomax.data.chat import render_prompt, render_response
 from ppomax.data.readers import read_dialogues, read_pairs
@@ -39,7 +35,6 @@ from ppomax.stages.sft import sft
 
 BATCH, LEARNING_RATE, WARMUP = 8, {"reward": 2e-5, "sft": 1e-4}, 0.1
 CONTENDERS = {"reward": ("ppomax", "trl"), "sft": ("ppomax", "trl", "trl packed")}
-DIALOGUES = files("ppomax.data") / "quickstart" / "dialogues.jsonl"
 
 
 def main() -> None:
@@ -59,42 +54,37 @@ def main() -> None:
     if arguments.contender:
         print(json.dumps(_contend(arguments)))
         return
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS[arguments.stage]}
-    for _ in range(arguments.repeats):
-        for name, kept in runs.items():
-            command = [sys.executable, __file__, *sys.argv[1:], "--contender", name]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-            kept.append(json.loads(done.stdout.splitlines()[-1]))
-            print(name, kept[-1], flush=True)
+    contenders = {name: [*sys.argv[1:], "--contender", name] for name in CONTENDERS[arguments.stage]}
+    runs = in_turn("bench.training", contenders, arguments.repeats)
     text = _table(arguments, runs)
     Path(__file__).with_name(f"training-{arguments.stage}.md").write_text(text, encoding="utf-8")
     print(text)
 
 
-def _table(arguments: argparse.Namespace, runs: dict[str, list[dict[str, Any]]]) -> str:
+def _table(arguments: argparse.Namespace, runs: dict[str, list[Run]]) -> str:
     best = {name: min(kept, key=lambda run: run["seconds"]) for name, kept in runs.items()}
     ours = best["ppomax"]
     setting = [
-        arguments.model, ours["dtype"], f"{os.cpu_count()} {platform.machine()} cores", f"torch {torch.__version__}",
-        f"transformers {version('transformers')}", f"{ours['rows']} rows", f"{BATCH} a step", "one epoch",
-        f"{ours['tokens']:,} tokens", f"data {Path(arguments.data or DIALOGUES.name).name}", f"seed {arguments.seed}",
+        arguments.model, ours["dtype"], processor(), versions("torch", "transformers"), f"{ours['rows']} rows",
+        f"{BATCH} a step", "one epoch", f"{ours['tokens']:,} tokens",
+        f"data {Path(arguments.data or DIALOGUES.name).name}", f"seed {arguments.seed}",
         f"fastest of {arguments.repeats}",
     ]  # fmt: skip
     heading = ("contender", "seconds", "tokens/s", "ppomax is faster by", "peak GiB", "slowest / fastest", "accuracy")
-    table = [heading, ["---"] * len(heading)]
-    for name, run in best.items():
-        seconds = [one["seconds"] for one in runs[name]]
-        table.append([
+    rows = [
+        (
             name, f"{run['seconds']:.1f}", f"{ours['tokens'] / run['seconds']:,.0f}",
-            f"{run['seconds'] / ours['seconds']:.2f}×", f"{run['peak_gib']:.2f}", f"{max(seconds) / min(seconds):.2f}",
+            f"{run['seconds'] / ours['seconds']:.2f}×", f"{run['peak_gib']:.2f}",
+            spread(one["seconds"] for one in runs[name]),
             "–" if run["accuracy"] is None else f"{run['accuracy']:.3f}",
-        ])  # fmt: skip
-    lines = [f"| {' | '.join(row)} |" for row in table]
+        )
+        for name, run in best.items()
+    ]  # fmt: skip
     title = f"# {arguments.stage} training against TRL {version('trl')}"
-    return "\n".join([title, "", ", ".join(setting), "", *lines, ""])
+    return "\n".join([title, "", ", ".join(setting), "", table(heading, rows), ""])
 
 
-def _contend(arguments: argparse.Namespace) -> dict[str, Any]:
+def _contend(arguments: argparse.Namespace) -> Run:
     """One contender's training in this process."""
     compute = resolve_compute("cpu", arguments.dtype)
     dtype = str(compute.dtype)[6:]
@@ -110,7 +100,7 @@ def _contend(arguments: argparse.Namespace) -> dict[str, Any]:
         else:
             theirs = {"reward": _trl_reward, "sft": _trl_sft}[arguments.stage]
             seconds = theirs(arguments, learn, work, tokenizer, dtype)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        peak = peak_gib()
         accuracy = None
         if held:
             data = (_write(work / "heldout.jsonl", held),)

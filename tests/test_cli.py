@@ -102,7 +102,21 @@ def flags_of(schema: type[BaseModel], prefix: str = "") -> Iterator[str]:
 def test_help_lists_every_verb_with_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert [*ABOUT] == ["sft", "reward", "ppo", "evaluate", "rank", "chat", "report", "quickstart", "recipes", "doctor"]
+    assert [*ABOUT] == [
+        "sft",
+        "reward",
+        "ppo",
+        "plan",
+        "evaluate",
+        "rank",
+        "chat",
+        "report",
+        "checkpoint",
+        "replay",
+        "quickstart",
+        "recipes",
+        "doctor",
+    ]
     assert main([]) == 0
     assert capsys.readouterr().out == out
     for name in ABOUT:
@@ -125,7 +139,7 @@ def test_help_of_a_verb_has_every_setting_and_run_flag(name: str, capsys: pytest
 
 def test_run_flags_stand_where_they_mean_something() -> None:
     assert {name for name, verb in VERBS.items() if "resume" in verb.flags} == {"sft", "reward", "ppo"}
-    assert {name for name, verb in VERBS.items() if "recipe" in verb.flags} == {"sft", "reward", "ppo"}
+    assert {name for name, verb in VERBS.items() if "recipe" in verb.flags} == {"sft", "reward", "ppo", "plan"}
     assert "fresh" in flags_of(VERBS["quickstart"].schema) and "fresh" not in VERBS["quickstart"].flags
 
 
@@ -351,7 +365,7 @@ def test_out_of_memory_names_the_flags_to_lower(function: str, here: Path, capsy
     assert main([*PPO, "--reward", f"cli_rewards:{function}"]) == 1
     err = capsys.readouterr().err
     assert "error: out of memory" in err and "more about it" not in err
-    assert "Lower --compute.tokens-per-microbatch, --sampling.max-rows, --rollout-batch" in err
+    assert "out of memory in a reward function (" in err and "Lower --rollout-batch, or free some memory" in err
 
 
 def test_a_full_disk_is_exit_code_1(here: Path) -> None:
@@ -390,3 +404,11 @@ def test_the_module_runs_as_a_program(here: Path) -> None:
 
 def test_schemas_are_the_ones_of_the_python_api() -> None:
     assert [VERBS[name].schema for name in ("chat", "reward")] == [ChatConfig, RewardConfig]
+
+
+def test_what_runs_alone_says_so_to_several_processes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["doctor"]) == 2
+    assert "doctor: found 2 processes, expected one" in capsys.readouterr().err

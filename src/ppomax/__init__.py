@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from ppomax.config import (
         ChatConfig,
+        CheckpointConfig,
         CriticConfig,
         DoctorConfig,
         EvaluateConfig,
@@ -21,9 +22,11 @@ if TYPE_CHECKING:
         ModelConfig,
         ObjectiveConfig,
         OptimConfig,
+        PlanConfig,
         PPOConfig,
         QuickstartConfig,
         RankConfig,
+        ReplayConfig,
         ReportConfig,
         RewardConfig,
         SamplingConfig,
@@ -33,10 +36,13 @@ if TYPE_CHECKING:
     )
     from ppomax.monitor.report import write_report
     from ppomax.stages.chat import chat
+    from ppomax.stages.checkpoint import checkpoint
     from ppomax.stages.evaluate import evaluate
+    from ppomax.stages.plan import plan
     from ppomax.stages.ppo import ppo
     from ppomax.stages.quickstart import quickstart
     from ppomax.stages.rank import rank
+    from ppomax.stages.replay import replay
     from ppomax.stages.reward import reward
     from ppomax.stages.sft import sft
 
@@ -44,6 +50,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ChatConfig",
+    "CheckpointConfig",
     "CriticConfig",
     "DoctorConfig",
     "EvaluateConfig",
@@ -52,8 +59,10 @@ __all__ = [
     "ObjectiveConfig",
     "OptimConfig",
     "PPOConfig",
+    "PlanConfig",
     "QuickstartConfig",
     "RankConfig",
+    "ReplayConfig",
     "ReportConfig",
     "RewardConfig",
     "SFTConfig",
@@ -61,10 +70,13 @@ __all__ = [
     "SaveConfig",
     "ScoreConfig",
     "chat",
+    "checkpoint",
     "evaluate",
+    "plan",
     "ppo",
     "quickstart",
     "rank",
+    "replay",
     "reward",
     "sft",
     "write_report",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 
 class DataError(ValueError):
     """Bad input data: the message names file, line or key, what was found and what was expected."""
@@ -15,8 +18,30 @@ class SaveError(OSError):
     """A file or folder could not be written: the message names it, the space needed and free, and what to do."""
 
 
+class DamagedError(Exception):
+    """`ppomax checkpoint verify` found damage: the message names every damaged file."""
+
+
 class Interrupted(Exception):
-    """The run was asked to stop and has saved; the message says how to go on."""
+    """The run was asked to stop and can be gone on with; the message says how.
+
+    code: what the process ends with: 130 after Ctrl-C, 0 after SIGTERM, with which a scheduler asks for the machine.
+    """
+
+    def __init__(self, message: str, code: int = 130) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+class NonFiniteError(FloatingPointError):
+    """The gradient was not finite in several steps in a row.
+
+    tensors, state: the last such batch and the weights that read it, as a checkpoint holds them.
+    """
+
+    def __init__(self, message: str, tensors: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+        super().__init__(message)
+        self.tensors, self.state = tensors, state
 
 
 class ProcessLost(RuntimeError):

@@ -283,6 +283,24 @@ class Packing:
         return cls(*indices, visible_BRS=visible_BRS.to(device))
 
 
+@dataclass(frozen=True)
+class Work:
+    """What passes had to do: tokens that they read, slots that the linear layers computed for them (padding included),
+    and floating-point operations that were needed.
+    """
+
+    tokens: int = 0
+    slots: int = 0
+    flops: int = 0
+
+    def __add__(self, other: Work) -> Work:
+        return Work(self.tokens + other.tokens, self.slots + other.slots, self.flops + other.flops)
+
+    def needed(self, counts: float) -> Work:
+        """This, if the pass counts; if it is made only because other processes make one, all its slots are padding."""
+        return self if counts else Work(slots=self.slots)
+
+
 def token_batch(
     prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], *, pad: int = 0, device: str = "cpu"
 ) -> TokenBatch:

@@ -55,8 +55,10 @@ def ppo_rows(iterations: int = 24) -> list[dict[str, Any]]:
                 "on_topic_share": 0.81 - 0.07 * gain + noise[6], "top_opening_share": 0.05 + 0.03 * gain,
                 "top_closing_share": 0.03 + 0.05 * gain, "distinct_2": 0.71 - 0.06 * gain,
                 "degenerate_share": abs(noise[7]) / 10, "seconds/generate": 2.2 + noise[0],
-                "seconds/score": 1.6 + noise[1],
-                "seconds/train": 2.7 + noise[2], "seconds/log": 0.1, "tokens/response": 1200.0 + 100 * gain,
+                "seconds/score": 1.6 + noise[1], "seconds/score/policy": 0.7, "seconds/score/reward/rm": 0.6,
+                "seconds/score/other": 0.3 + noise[1], "seconds/total": 6.6 + noise[:3].sum(),
+                "tokens_per_second": 180.0, "utilisation/generate": 0.05, "utilisation/train": 0.4 + noise[3],
+                "seconds/train": 2.7 + noise[2], "seconds/other": 0.1, "tokens/response": 1200.0 + 100 * gain,
                 "padding_fraction": 0.08, "peak_memory_gib": 2.1,
                 "alarms": ["Responses leave the topic: 70%, limit 71%. Try a larger KL coefficient."] if i > 21 else [],
             }

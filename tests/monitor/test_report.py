@@ -77,12 +77,13 @@ def test_the_quickstart_report_has_every_chapter_and_picture_and_loads_nothing(q
         "Reinforcement learning with PPO", "Alarms", "Score of the reward model", "Distribution of the scores",
         "Gold score against KL", "Distance from the reference (KL)", "Response length", "Perplexity of the responses",
         "Entropy", "Health of the text", "Critic", "Size of the updates", "Losses and gradients", "Where the time goes",
+        "Speed",
         "Answers sampled during training, first and last iteration",
         "Evaluation", "Win, tie, lose", "Before and after", "Answers side by side", "The 3 worst",
         "Glossary",
     ]  # fmt: skip
     assert page.headings == expected
-    assert page.tags.count("svg") == 21
+    assert page.tags.count("svg") == 22
     assert all(link.startswith(("#", "data:image/png")) for link in page.links)
     assert not {"script", "iframe", "link", "img"} & set(page.tags)
 
@@ -172,7 +173,7 @@ def test_rows_with_holes_null_and_odd_histograms_do_not_break_the_report(tmp_pat
     ]
     headings = _Page(_report(_write_metrics(tmp_path, rows))).headings
     assert "Score of the reward model" in headings and "Distribution of the scores" in headings
-    assert "Entropy" not in headings
+    assert not {"Entropy", "Where the time goes", "Speed"} & set(headings)
 
 
 def test_a_long_run_stays_a_small_file(tmp_path: Path, make_ppo_rows: MakeRows) -> None:

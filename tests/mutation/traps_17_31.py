@@ -58,9 +58,9 @@ MUTATIONS = [
     ),
     Mutation(
         19, "the update averages the means of microbatches", "stages/update.py",
-        "moved += _backward_policy(players, piece, micro, advantages, config, steering, denom, totals)",
-        "own = float(micro.batch.mask_BR.sum()) * len(minibatch)\n"
-        "            moved += _backward_policy(players, piece, micro, advantages, config, steering, own, totals)",
+        "_backward_policy(players, piece, micro, advantages, config, steering, denom, found)",
+        "own = float(micro.batch.mask_BR.sum()) * len(minibatch.micros)\n"
+        "            _backward_policy(players, piece, micro, advantages, config, steering, own, found)",
         (f"{UPDATE}::test_trap_16_and_19_the_size_of_microbatches_changes_nothing[False]",),
     ),
     Mutation(
@@ -74,16 +74,18 @@ MUTATIONS = [
         20, "the ptx gradient waits for the next step", "stages/update.py",
         "            if ptx and config.ptx_weight is not None and not pretraining:\n"
         "                _backward_ptx(players, ptx, step, config, totals)\n"
-        "            norms = _step(players, optimisers, experience, plan[which], config, pretraining, step, total, totals)\n",
-        "            norms = _step(players, optimisers, experience, plan[which], config, pretraining, step, total, totals)\n"
+        '            with players.clock("train/step"):\n'
+        "                norms = _step(players, optimisers, experience, plan[which], config, pretraining, step, total, totals)\n",
+        '            with players.clock("train/step"):\n'
+        "                norms = _step(players, optimisers, experience, plan[which], config, pretraining, step, total, totals)\n"
         "            if ptx and config.ptx_weight is not None and not pretraining:\n"
         "                _backward_ptx(players, ptx, step, config, totals)\n",
         (f"{UPDATE}::test_trap_20_one_step_per_minibatch_holds_the_policy_and_the_ptx_gradient",),
     ),
     Mutation(
         21, "the gradient norm is that of the largest parameter", "engine/optimiser.py",
-        "return float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0",
-        "return max((float(g.norm()) for g in gradients), default=0.0)",
+        "norm = torch.nn.utils.get_total_norm(gradients)",
+        "norm = max(g.norm() for g in gradients)",
         (f"{OPTIMISER}::test_trap_21_the_clip_is_global_over_all_parameters",),
     ),
     Mutation(
@@ -101,14 +103,14 @@ MUTATIONS = [
     ),
     Mutation(
         21, "skipped steps are not counted", "stages/update.py",
-        "            totals.skipped += not finite\n",
+        "            totals.skipped += steering.failures > 0\n",
         "",
         (f"{UPDATE}::test_trap_21_a_gradient_that_is_no_number_changes_nothing_and_is_counted",),
     ),
     Mutation(
-        21, "skipped steps in a row never stop the run", "stages/update.py",
-        "failures = 0 if finite else failures + 1",
-        "failures = 0 if finite else 1",
+        21, "skipped steps in a row never stop the run", "stages/nonfinite.py",
+        "return 0 if all(map(math.isfinite, norms)) else failures + 1",
+        "return 0 if all(map(math.isfinite, norms)) else 1",
         (f"{UPDATE}::test_trap_21_five_such_steps_in_a_row_end_the_run",),
     ),
     Mutation(
@@ -248,7 +250,7 @@ MUTATIONS = [
         30, "old checkpoints go before the new one is written", "engine/checkpoint.py",
         "        first(lambda: _begin(temporary))\n",
         "        first(lambda: _begin(temporary))\n"
-        "        for path in _checkpoints(folder)[: len(_checkpoints(folder)) - keep + 1]:\n"
+        "        for path in checkpoints(folder)[: len(checkpoints(folder)) - keep + 1]:\n"
         "            shutil.rmtree(path)\n",
         (f"{CHECKPOINT}::test_trap_30_a_save_that_fails_leaves_the_only_checkpoint",),
     ),

@@ -19,7 +19,7 @@ from ppomax.models.embedded import embedded_directory
 from ppomax.rollout.collect import response_texts
 from ppomax.stages.estimate import estimate, seen
 from ppomax.stages.ppo_setup import Job
-from ppomax.stages.scoring import Microbatch, plan_minibatches, score
+from ppomax.stages.scoring import Minibatch, plan_minibatches, score
 from ppomax.stages.update import update
 from ppomax.types import Experience, ScoredRollouts
 
@@ -58,7 +58,7 @@ DIALOGUES = [
 class Iteration:
     """One iteration on both sides; before and after: every parameter of policy and critic, around the update."""
 
-    plan: list[list[Microbatch]]
+    plan: list[Minibatch]
     lengths: list[int]
     truncated: list[bool]
     scored: ScoredRollouts
@@ -178,7 +178,7 @@ def _iteration(job: Job, run: Run, index: int) -> Iteration:
 
     rows = zip(rollout.prompt_ids, rollout.responses(), rollout.truncated_B.tolist(), strict=True)
     responses = [Response(list(prompt), ids, truncated) for prompt, ids, truncated in rows]
-    minibatches = [list(itertools.chain.from_iterable(micro.rows for micro in minibatch)) for minibatch in plan]
+    minibatches = [list(itertools.chain.from_iterable(micro.rows for micro in minibatch.micros)) for minibatch in plan]
     assert sorted(itertools.chain.from_iterable(minibatches)) == list(range(config.rollout_batch))
     assert {len(minibatch) for minibatch in minibatches} == {config.minibatch}
     estimates = run.estimate(responses, first=index == 0)

@@ -129,7 +129,7 @@ def test_the_case_is_what_it_is_called(case: str, both: Callable[[str], Comparis
     assert min(shaped) < 0.9 and sum(x > 0.999 for x in shaped) > 1
     for player in ("policy", "critic"):
         assert max(step.norms[player] for step in it.steps) > (OPTIM.max_grad_norm or 0)
-    rows = [len(micro.rows) for minibatch in it.plan for micro in minibatch]
+    rows = [len(micro.rows) for minibatch in it.plan for micro in minibatch.micros]
     if "alone" in case:
         assert rows == [1] * config.rollout_batch
     elif config.compute.tokens_per_microbatch == 200:

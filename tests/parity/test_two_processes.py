@@ -1,81 +1,91 @@
-"""The gradient of a minibatch whose microbatches are spread over two processes is that of one process.
-
-ppomax runs in one process; a second one would need this: sums over tokens ÷ the count of the whole minibatch.
-"""
+"""Two processes do what one does, to rounding: SFT, reward model and PPO, sharded both ways, resumed either way."""
 
 from __future__ import annotations
 
-import multiprocessing
 from pathlib import Path
+from typing import Any
 
-import torch
-import torch.distributed as dist
+import pytest
 from stages.conftest import Toys, Trained
-from stages.toy import CALM, FLOAT32, FirstIteration, first_iteration, ppo_config, prepared
-from torch import Tensor
+from stages.toy import CALM, FLOAT32, distance, metrics, ppo_config, reward_config, sft_config, weights
 
-from parity.comparison import apart
-from ppomax.config import CriticConfig, PPOConfig
-from ppomax.engine.optimiser import Optimiser
-from ppomax.stages.ppo_setup import Job
-from ppomax.stages.update import Steering, Totals, _backward, _backward_policy
+from parity.processes import run, run_in_two
+from ppomax.config import CriticConfig, KLConfig, ModelConfig, ObjectiveConfig, SaveConfig
 
-WORLD = 2
+SMALL = FLOAT32.model_copy(update={"tokens_per_microbatch": 160})
+# Differences of numbers that are 0 but for rounding say nothing, and every process has its own padding.
+NOISE = ("behaviour_gap", "approx_kl", "grad_norm", "skipped", "padding")
 
 
-def gradient(optimiser: Optimiser | None) -> Tensor:
-    """What has been collected for a player's next step, as one vector."""
-    assert optimiser is not None
-    return torch.cat([m.grad.flatten() for m in optimiser.masters.values() if m.grad is not None])
+def compute(**changes: Any) -> ModelConfig:
+    return SMALL.model_copy(update=changes)
 
 
-def backward_share(job: Job, it: FirstIteration, rank: int) -> list[Tensor]:
-    """The gradients of every second microbatch: the policy's with the whole minibatch's denominator."""
-    config, steering, totals = job.config, Steering.start(job.config), Totals()
-    share = it.plan[0][rank::WORLD]
-    length_B = it.scored.rollout.length_B
-    whole, own = (sum(int(length_B[list(m.rows)].sum()) for m in part) for part in (it.plan[0], share))
-    for micro in share:
-        piece = it.experience.take(micro.rows).cut(micro.batch.response_width, "cpu")
-        _backward_policy(job.players, piece, micro, piece.advantages_BR, config, steering, float(whole), totals)
-    # The critic's loss has no entry of its own: its gradient comes with the share's denominator.
-    _backward(job.players, it.experience, share, config, steering, True, totals)
-    return [gradient(job.optimisers.policy), gradient(job.optimisers.critic) * own / whole]
+def runs(folder: Path, trained: Trained, trained_above: Trained, toys: Toys) -> dict[str, Any]:
+    """Name → configuration."""
+    by_reward = CriticConfig(init="reward", pretrain_iterations=1, optim=CALM)
+    rewarded = {"reward": (trained.reward,), "critic": by_reward, "optim": CALM}
+    top = {"reward": (trained_above.reward,), "critic": by_reward, "optim": CALM}
+    plain = {"optim": CALM, "critic": CriticConfig(init="policy", pretrain_iterations=1, optim=CALM)}
+    learn = {"ptx_data": (toys.dialogues,), "ptx_weight": 0.5, "ptx_batch": 3}
+    age = {"buffer": 2, "objective": ObjectiveConfig(importance_cap=2.0), "ema": 0.9}
+
+    def ppo(name: str, policy: str, **changes: Any) -> Any:
+        return ppo_config(folder / name, policy, toys.prompts, **{"compute": SMALL, **changes})
+
+    return {
+        "sft": sft_config(folder / "sft", toys.dialogues, compute=SMALL, optim=CALM),
+        "sft checkpointing": sft_config(
+            folder / "sft-2", toys.dialogues, epochs=0.5, optim=CALM,
+            compute=compute(shard="zero2", gradient_checkpointing=True),
+        ),
+        "reward": reward_config(folder / "reward", trained.sft, toys.pairs, compute=SMALL, optim=CALM),
+        "reward top": reward_config(
+            folder / "reward-top", trained.sft, toys.pairs, compute=compute(train_layers=1), optim=CALM, epochs=1
+        ),
+        "twenty": ppo("twenty", trained.sft, iterations=20, **rewarded),
+        "zero2": ppo("zero2", trained.sft, compute=compute(shard="zero2"), whiten_advantages=True, **rewarded, **learn),
+        "trunk": ppo("trunk", trained_above.sft, compute=compute(train_layers=1), **top, **learn),
+        "lora": ppo("lora", trained.sft, compute=compute(lora_rank=2), **rewarded),
+        "average": ppo("average", trained.sft, iterations=4, **plain, **age),
+        "full kl": ppo("full-kl", trained.sft, kl=KLConfig(place="loss", estimator="full"), **plain),
+        "one to two": ppo("one-to-two", trained.sft, iterations=4, save=SaveConfig(every=2), **plain, **age),
+        "two to one": ppo("two-to-one", trained.sft, iterations=4, save=SaveConfig(every=2), **plain, **age),
+    }  # fmt: skip
 
 
-def worker(rank: int, config: PPOConfig, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD)
-    job = prepared(config)
-    found = backward_share(job, first_iteration(job), rank)
-    for vector in found:
-        dist.all_reduce(vector)
-    torch.save(found, f"{folder}/gradients-{rank}.pt")
-    dist.destroy_process_group()
+@pytest.fixture(scope="module")
+def both(
+    trained: Trained, trained_above: Trained, toys: Toys, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The same runs by one process and by two."""
+    folder = tmp_path_factory.mktemp("processes")
+    one, two = (runs(folder / name, trained, trained_above, toys) for name in ("one", "two"))
+    for config in one.values():
+        run(config)
+    run(two["one to two"], stop=True)
+    jobs = [(config, {}) for name, config in two.items() if name not in ("one to two", "two to one")]
+    jobs += [(two["one to two"], {"resume": True}), (two["two to one"], {"stop": True})]
+    run_in_two(folder, jobs)
+    run(two["two to one"], resume=True)
+    return one, two
 
 
-def test_two_processes_find_the_gradient_of_one(trained: Trained, toys: Toys, tmp_path: Path) -> None:
-    configs = [
-        ppo_config(
-            tmp_path / f"run-{name}", trained.sft, toys.prompts, minibatch=16, reference="tiny",
-            compute=FLOAT32.model_copy(update={"tokens_per_microbatch": 128}),
-            critic=CriticConfig(init="policy", pretrain_iterations=1, optim=CALM),
-        )
-        for name in (0, 1, "alone")
-    ]  # fmt: skip
-    context = multiprocessing.get_context("forkserver")
-    arguments = [(rank, configs[rank], str(tmp_path)) for rank in range(WORLD)]
-    processes = [context.Process(target=worker, args=words, daemon=True) for words in arguments]
-    for process in processes:
-        process.start()
-    job = prepared(configs[-1])
-    it = first_iteration(job)
-    assert len(it.plan[0]) > WORLD
-    _backward(job.players, it.experience, it.plan[0], job.config, Steering.start(job.config), False, Totals())
-    alone = [gradient(job.optimisers.policy), gradient(job.optimisers.critic)]
-    for process in processes:
-        process.join(240)
-        assert process.exitcode == 0
-    for rank in range(WORLD):
-        for found, expected in zip(torch.load(tmp_path / f"gradients-{rank}.pt"), alone, strict=True):
-            assert apart(found, expected) < 1e-5  # measured 8e-8
+NAMES = [*runs(Path(), Trained(Path(), Path()), Trained(Path(), Path()), Toys("", "", ""))]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)  # the first test waits for all runs
+@pytest.mark.parametrize("name", NAMES)
+def test_two_processes_do_what_one_does(both: tuple[dict[str, Any], dict[str, Any]], name: str) -> None:
+    one, two = both[0][name].run_dir, both[1][name].run_dir
+    rows, others = metrics(one), metrics(two)
+    assert len(rows) == len(others)
+    for row, other in zip(rows, others, strict=True):
+        assert row.keys() == other.keys()
+        for key, value in row.items():
+            if isinstance(value, float) and not key.startswith(NOISE):
+                assert other[key] == pytest.approx(value, rel=1e-4, abs=1e-5), key
+    for folder in ("final", "critic", "last"):
+        if (one / folder).exists():
+            assert distance(weights(one / folder), weights(two / folder)) < 1e-4

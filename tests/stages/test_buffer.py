@@ -15,7 +15,7 @@ from ppomax.stages.estimate import estimate
 from ppomax.stages.objective import policy_loss
 from ppomax.stages.ppo import ppo
 from ppomax.stages.ppo_setup import Job
-from ppomax.stages.scoring import Microbatch
+from ppomax.stages.scoring import Microbatch, Minibatch
 from ppomax.stages.update import Steering, schedule_position
 from ppomax.types import Experience, Rollout, ScoredRollouts, SetupError, token_batch
 from stages.conftest import Toys, Trained
@@ -56,7 +56,7 @@ def test_an_older_rollout_is_what_policy_and_critic_of_today_make_of_it(
     assert not torch.equal(today.values_BR, it.scored.values_BR)
     assert torch.equal(today.score_B, it.scored.score_B)
     assert torch.equal(today.reference_logprobs_BR, it.scored.reference_logprobs_BR)
-    assert sorted(i for group in plan for micro in group for i in micro.rows) == list(range(len(rollout)))
+    assert sorted(i for group in plan for micro in group.micros for i in micro.rows) == list(range(len(rollout)))
 
 
 def test_the_weighted_gradient_is_that_of_responses_sampled_today(trained: Trained, toys: Toys, tmp_path: Path) -> None:
@@ -125,8 +125,8 @@ def test_joined_rollouts_keep_their_rows_and_their_minibatches(trained: Trained,
             assert equal(part.take(before.rows).cut(width, "cpu"), experience.take(after.rows).cut(width, "cpu"))
 
 
-def flat(plan: list[list[Microbatch]]) -> list[Microbatch]:
-    return [micro for group in plan for micro in group]
+def flat(plan: list[Minibatch]) -> list[Microbatch]:
+    return [micro for group in plan for micro in group.micros]
 
 
 def equal(a: Experience, b: Experience) -> bool:

@@ -159,7 +159,7 @@ def test_a_kl_in_the_loss_pulls_towards_the_reference(
 def exact_kl(job: Any, it: Any) -> float:
     """Mean KL(policy ‖ reference) over the states of a rollout."""
     total = count = 0.0
-    for micro in (m for group in it.plan for m in group):
+    for micro in (m for group in it.plan for m in group.micros):
         with torch.no_grad():
             scores = job.players.policy(micro.batch, against=job.players.reference)
         total += float(at_responses(scores.kl_BT, micro.batch).sum())
@@ -187,7 +187,7 @@ def test_trap_18_the_entropy_bonus_raises_entropy_and_its_clip_can_bind(
 
 def entropy_of(job: Any, it: Any) -> float:
     with torch.no_grad():
-        batches = [m.batch for group in it.plan for m in group]
+        batches = [m.batch for group in it.plan for m in group.micros]
         return sum(float(at_responses(job.players.policy(b, entropy=True).entropy_BT, b).sum()) for b in batches)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +14,8 @@ from ppomax import __version__
 from ppomax.cli import main
 from ppomax.config import DoctorConfig
 from ppomax.models.load import resolve_compute
-from ppomax.stages.doctor import GIB, OPTIONAL, concerns, doctor, matmul_gflops
+from ppomax.stages.doctor import GIB, OPTIONAL, concerns, doctor
+from ppomax.types import SetupError
 
 GOOD: dict[str, Any] = {
     "device": "cuda", "dtype": "bfloat16", "cores": 8, "threads": 8, "omp_num_threads": None, "load": 0.5,
@@ -78,12 +78,19 @@ def test_each_cause_raises_its_concern(change: dict[str, Any], expected: list[st
         assert part in concern
 
 
-def test_matrix_products_are_counted_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    compute = resolve_compute("cpu", "float32")
-    clock = iter([10.0, 10.25, 10.5, 11.0])
-    monkeypatch.setattr("ppomax.stages.doctor.time", SimpleNamespace(perf_counter=lambda: next(clock)))
-    # Three products of 2 · 1024³ operations in 1 s.
-    assert matmul_gflops(torch.float32, compute) == pytest.approx(3 * 2 * 1024**3 / 1e9)
+def test_the_products_of_a_model_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ppomax.stages.doctor.SECONDS_PER_MEASUREMENT", 0.01)
+    found = doctor(DoctorConfig(measure=True, model="tiny"))
+    assert found["shapes"].keys() == {"float32", found["numbers"]["dtype"]}
+    for rates in found["shapes"].values():
+        assert rates.keys() == {"attention", "up", "down", "vocabulary"} and min(rates.values()) > 0
+    assert found["gflops"].keys() == {"float32", "bfloat16"} and min(found["gflops"].values()) > 0
+    assert found["copy_gbytes"] > 0
+
+
+def test_a_model_that_is_not_there_is_named() -> None:
+    with pytest.raises(SetupError, match="/no/such/model: no such directory"):
+        doctor(DoctorConfig(measure=True, model="/no/such/model"))
 
 
 def test_the_command_prints_everything(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,4 +102,6 @@ def test_the_command_prints_everything(capsys: pytest.CaptureFixture[str], monke
         assert name in out
     assert "missing: needed for things that nobody needs; pip install no-such-package" in out
     assert "matrix products float32 " in out and "GFLOP/s, bfloat16 " in out
+    assert "smollm2-135m, float32 attention " in out and "vocabulary " in out and "(1,024 tokens)" in out
+    assert "memory copies " in out and "GB/s" in out
     assert "first use takes about 20 seconds more" in out

@@ -91,12 +91,10 @@ def test_trap_26_kl_per_token_and_per_sequence(trained: Trained, toys: Toys, tmp
 
 
 def row_of(job: Job, it: FirstIteration) -> dict[str, Any]:
-    from ppomax.stages.ppo_log import Clock, metrics_row
+    from ppomax.stages.ppo_log import metrics_row
     from ppomax.stages.update import Totals
 
-    return metrics_row(
-        0, job.config, it.scored, it.statistics, it.experience, it.rewards_BR, Totals(), it.texts, job, Clock()
-    )
+    return metrics_row(0, job.config, it.scored, it.statistics, it.experience, it.rewards_BR, Totals(), it.texts, job)
 
 
 def test_trap_27_length_with_and_without_truncated_responses(

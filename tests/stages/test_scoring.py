@@ -69,7 +69,7 @@ def test_trap_09_the_ids_that_are_scored_and_trained_on_are_those_sampled(toys: 
     # Random bytes are rarely UTF-8: decoding and encoding again would change these.
     again = [render_response(job.players.tokenizer, text) for text in it.texts]
     assert sum(a != r for a, (_, r) in zip(again, rows_of(it), strict=True)) > 10
-    planned = [m.batch for group in it.plan for m in group]
+    planned = [m.batch for group in it.plan for m in group.micros]
     assert (
         sorted(tuple(row[:n].tolist()) for m in planned for row, n in zip(m.ids_BT, m.length_B, strict=True)) == sampled
     )

@@ -18,7 +18,7 @@ from ppomax.rollout.collect import collect
 from ppomax.rollout.sampler import Distribution
 from ppomax.stages.inputs import compute_of
 from ppomax.stages.players import Players, load_players
-from ppomax.stages.scoring import Microbatch, TokenStatistics, plan_minibatches, score
+from ppomax.stages.scoring import Minibatch, TokenStatistics, plan_minibatches, score
 from ppomax.types import Message, Prompt, Rollout, ScoredRollouts, token_batch
 
 ROWS, LIMIT, TOLERANCE = 12, 10, 1e-5
@@ -63,18 +63,18 @@ def rollout_by_hand(prompts: Sequence[Sequence[int]], responses: Sequence[Sequen
 
 def scored(
     players: Players, rollout: Rollout, *, temperature: float = 1.0, bootstrap: bool = False, **plan: int
-) -> tuple[ScoredRollouts, TokenStatistics, list[list[Microbatch]]]:
+) -> tuple[ScoredRollouts, TokenStatistics, list[Minibatch]]:
     chosen = plan_minibatches(rollout, players, **{**PLAN, **plan})
     texts = ["text"] * len(rollout)
     return *score(players, rollout, chosen, texts, temperature=temperature, bootstrap=bootstrap), chosen
 
 
 def trained_forward(
-    players: Players, plan: list[list[Microbatch]], rollout: Rollout, temperature: float
+    players: Players, plan: list[Minibatch], rollout: Rollout, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """[B, R] log-probs and values as the update computes them, with a graph for the gradient."""
     logprobs_BR, values_BR = (torch.zeros(rollout.response_ids_BR.shape) for _ in range(2))
-    for micro in (m for group in plan for m in group):
+    for micro in (m for group in plan for m in group.micros):
         logprobs = players.policy(micro.batch, temperature=temperature).logprobs_BT
         values = players.critic(micro.batch).values_BT
         assert logprobs.requires_grad and values.requires_grad
@@ -90,10 +90,10 @@ def test_every_row_is_in_exactly_one_microbatch(directories: tuple[str, str], mi
     players = players_of(directories)
     rollout = rollout_of(players)
     plan = plan_minibatches(rollout, players, **{**PLAN, "minibatch": minibatch, "budget": budget})
-    rows = [[i for micro in group for i in micro.rows] for group in plan]
+    rows = [[i for micro in group.micros for i in micro.rows] for group in plan]
     assert sorted(i for group in rows for i in group) == list(range(ROWS))
     assert [len(group) for group in rows[:-1]] == [minibatch] * (len(rows) - 1) and len(rows[-1]) <= minibatch
-    for micro in (m for group in plan for m in group):
+    for micro in (m for group in plan for m in group.micros):
         assert len(micro.rows) == 1 or len(micro.batch.packing.source_N) <= budget
         for b, i in enumerate(micro.rows):
             whole = [*rollout.prompt_ids[i], *rollout.responses()[i]]
@@ -108,7 +108,7 @@ def test_trap_29_the_plan_is_a_function_of_seed_and_iteration(directories: tuple
 
     def rows(**changed: int) -> list[list[tuple[int, ...]]]:
         plan = plan_minibatches(rollout, players, **{**PLAN, **changed})
-        return [[micro.rows for micro in group] for group in plan]
+        return [[micro.rows for micro in group.micros] for group in plan]
 
     assert rows() == rows()
     assert rows() != rows(iteration=3) and rows() != rows(seed=4)
@@ -124,7 +124,7 @@ def test_trap_07_old_readings_are_bit_for_bit_those_of_training(
     players = players_of(directories, dtype, train_layers=layers, gradient_checkpointing=checkpointing)
     rollout = rollout_of(players, temperature=temperature)
     result, _, plan = scored(players, rollout, temperature=temperature)
-    assert sum(len(group) for group in plan) > len(plan), "several microbatches"
+    assert sum(len(group.micros) for group in plan) > len(plan), "several microbatches"
     logprobs, values = trained_forward(players, plan, rollout, temperature)
     assert torch.equal(logprobs, result.old_logprobs_BR) and torch.equal(values, result.values_BR)
     ratio = torch.exp(logprobs - result.old_logprobs_BR)[rollout.mask_BR]
@@ -272,7 +272,7 @@ def test_one_trunk_is_computed_for_all_players(directories: tuple[str, str]) -> 
     players = players_of(directories, train_layers=1)
     rollout = rollout_of(players)
     plan = plan_minibatches(rollout, players, **PLAN)
-    assert players.shares_trunk and all(m.batch.trunk_BTH is not None for group in plan for m in group)
+    assert players.shares_trunk and all(m.batch.trunk_BTH is not None for group in plan for m in group.micros)
     seen: list[int] = []
     hook = players.policy.base.layers[0].register_forward_hook(lambda *_: seen.append(1))
     score(players, rollout, plan, ["x"] * ROWS, temperature=1.0, bootstrap=False)

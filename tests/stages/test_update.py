@@ -177,7 +177,7 @@ def test_trap_16_and_19_the_size_of_microbatches_changes_nothing(
         )  # fmt: skip
         job = prepared(config)
         it = first_iteration(job)
-        assert len([m for group in it.plan for m in group]) == (16 if budget == 64 else 2)
+        assert len([m for group in it.plan for m in group.micros]) == (16 if budget == 64 else 2)
         means = updated(job, it).means()
         after[budget] = means, parameters(job.players.policy), parameters(job.players.critic)
     assert distance(after[64][1], after[4096][1]) < 1e-5

@@ -37,7 +37,7 @@ from ppomax.rollout.collect import response_texts
 from ppomax.stages.estimate import History, estimate, seen
 from ppomax.stages.ppo import ppo
 from ppomax.stages.ppo_setup import Job, prepare
-from ppomax.stages.scoring import Microbatch, TokenStatistics, plan_minibatches, score
+from ppomax.stages.scoring import Minibatch, TokenStatistics, plan_minibatches, score
 from ppomax.stages.session import session
 from ppomax.types import Experience, ScoredRollouts
 
@@ -181,9 +181,16 @@ calls = itertools.count()
 
 
 def slow_reward(prompts: Sequence[Any], responses: Sequence[str], **columns: Any) -> list[float]:
-    """A reward that lets the first batch pass and then thinks for a minute."""
+    """A reward that lets the first batch pass and then says so and thinks for a minute."""
     if next(calls) > 0:
+        print("thinking", flush=True)
         time.sleep(60)
+    return [0.0] * len(responses)
+
+
+def hanging_reward(prompts: Sequence[Any], responses: Sequence[str], **columns: Any) -> list[float]:
+    """A reward that waits for a minute, as for a server that is gone."""
+    time.sleep(60)
     return [0.0] * len(responses)
 
 
@@ -245,7 +252,7 @@ def prepared(config: PPOConfig, reward: RewardFunction | None = None) -> Job:
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl without what may differ between two equal runs."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    volatile = ("seconds", "tokens_per_second", "peak_memory")
+    volatile = ("seconds", "tokens_per_second", "peak_", "flops_per_second", "utilisation")
     return [{k: v for k, v in row.items() if not k.startswith(volatile)} for row in rows]
 
 
@@ -276,7 +283,7 @@ class FirstIteration:
     """What iteration 0 of a run is made of, up to the update."""
 
     texts: list[str]
-    plan: list[list[Microbatch]]
+    plan: list[Minibatch]
     scored: ScoredRollouts
     statistics: TokenStatistics
     seen: History

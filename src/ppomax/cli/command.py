@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import traceback
@@ -9,29 +10,33 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from ppomax import __version__
+from ppomax.cli.memory import memory_message, out_of_memory
 from ppomax.cli.parse import VERBS, Invocation, expect_verb, parse, parse_recipes
 from ppomax.cli.show import (
+    show_checkpoints,
     show_difference,
     show_doctor,
     show_error,
+    show_plan,
     show_recipe,
     show_recipe_chosen,
     show_recipes,
+    show_replay,
     show_stopped,
     show_summary,
     show_verbs,
 )
 from ppomax.config import ReportConfig
-from ppomax.errors import DataError, Interrupted, SaveError, SetupError
+from ppomax.errors import DamagedError, DataError, Interrupted, NonFiniteError, ProcessLost, SaveError, SetupError
 
 TRAINING = ("sft", "reward", "ppo", "quickstart")
+SHARED = ("sft", "reward", "ppo")
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130
-# Settings that bound memory, in the order in which to lower them.
-MEMORY_SETTINGS = ("compute.tokens_per_microbatch", "sampling.max_rows", "rollout_batch")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns 0, 1 (could not save, out of memory), 2 (bad setup or data) or 130 (interrupted).
+    """Run one command. Returns 0 (done, or saved after SIGTERM), 1 (could not save, out of memory, a damaged
+    checkpoint, gradients that are no numbers), 2 (bad setup or data) or 130 (Ctrl-C).
 
     With PPOMAX_DEBUG=1 the traceback of an error is shown as well.
     """
@@ -43,9 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (Exception, KeyboardInterrupt) as error:
-        code = _explain(error, words[0] if words else "")
-        if code is None:
+        explained = _explain(error, words[0] if words else "")
+        if explained is None:
             raise
+        code, message = explained
+        # Several processes fail alike, and one on each machine says so; memory is every process's own.
+        if os.environ.get("LOCAL_RANK", "0") == "0" or out_of_memory(error):
+            show = show_stopped if isinstance(error, KeyboardInterrupt | Interrupted) else show_error
+            show(message)
         if os.environ.get("PPOMAX_DEBUG") == "1":
             traceback.print_exception(error)
         return code
@@ -77,57 +87,39 @@ def _call(name: str, call: Invocation) -> None:
     if isinstance(call.config, ReportConfig):
         print(import_module("ppomax.monitor.report").write_report(call.config.run_dir))
         return
-    if call.recipe:
+    if name not in SHARED and (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise SetupError(f"{name}: found {processes} processes, expected one; {', '.join(SHARED)} run in several")
+    first = os.environ.get("RANK", "0") == "0"  # of several processes the first one prints
+    if call.recipe and first:
         show_recipe_chosen(name, call.recipe)
+    as_json = call.options.pop("json", False)
     stage = getattr(import_module(f"ppomax.stages.{name}"), name)
     result = stage(call.config, **call.options)
-    if name == "doctor":
-        show_doctor(result)
-    elif name != "chat":
+    own = {
+        "doctor": show_doctor, "checkpoint": show_checkpoints, "replay": show_replay, "plan": show_plan,
+        "chat": lambda _: None,
+    }  # fmt: skip
+    if not first:
+        return
+    if as_json:
+        print(json.dumps(result, indent=2))
+    elif name in own:
+        own[name](result)
+    else:
         show_summary(call.config.run_dir, result)
 
 
-def _explain(error: BaseException, name: str) -> int | None:
-    """Print what went wrong and return the exit code; None for an error that nobody expected."""
+def _explain(error: BaseException, name: str) -> tuple[int, str] | None:
+    """The exit code and what went wrong; None for an error that nobody expected."""
     if isinstance(error, KeyboardInterrupt):
-        show_stopped("stopped at once" + ("; nothing after the last checkpoint is kept" if name in TRAINING else ""))
-        return INTERRUPTED
+        kept = "; nothing after the last checkpoint is kept" if name in TRAINING else ""
+        return INTERRUPTED, f"stopped at once{kept}"
     if isinstance(error, Interrupted):
-        show_stopped(str(error))
-        return INTERRUPTED
+        return error.code, str(error)
     if isinstance(error, SetupError | DataError):
-        show_error(str(error))
-        return MISUSED
-    if isinstance(error, SaveError):
-        show_error(str(error))
-        return FAILED
-    if name in VERBS and _out_of_memory(error):
-        show_error(f"out of memory ({_first_line(error)}). {_memory_advice(name)}")
-        return FAILED
+        return MISUSED, str(error)
+    if isinstance(error, SaveError | DamagedError | NonFiniteError | ProcessLost):
+        return FAILED, str(error)
+    if name in VERBS and out_of_memory(error):
+        return FAILED, memory_message(error, VERBS[name].schema)
     return None
-
-
-def _is_a(error: BaseException, module: str, name: str) -> bool:
-    """isinstance without importing: an error's class can only come from a module that is loaded."""
-    loaded = sys.modules.get(module)
-    return loaded is not None and isinstance(error, getattr(loaded, name))
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    # torch's allocator for the processor raises a plain RuntimeError.
-    exhausted = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    return isinstance(error, MemoryError) or _is_a(error, "torch", "OutOfMemoryError") or exhausted
-
-
-def _memory_advice(name: str) -> str:
-    schema = VERBS[name].schema
-    known = {*schema.model_fields}
-    for group, field in schema.model_fields.items():
-        known |= {f"{group}.{key}" for key in getattr(field.annotation, "model_fields", {})}
-    flags = [f"--{setting.replace('_', '-')}" for setting in MEMORY_SETTINGS if setting in known]
-    return f"Lower {', '.join(flags)}, or free some memory" if flags else "Free some memory and start again"
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -13,11 +13,14 @@ from tyro.constructors import ConstructorRegistry, StructConstructorSpec, Struct
 
 from ppomax.config import (
     ChatConfig,
+    CheckpointConfig,
     DoctorConfig,
     EvaluateConfig,
+    PlanConfig,
     PPOConfig,
     QuickstartConfig,
     RankConfig,
+    ReplayConfig,
     ReportConfig,
     RewardConfig,
     Schema,
@@ -32,11 +35,15 @@ Recipes = Mapping[str, Callable[[], Schema]]
 
 @dataclass(frozen=True)
 class Verb:
-    """A verb's schema, its recipes if it has any, and the run flags that it takes besides its settings."""
+    """A verb's schema, its recipes if it has any, and the run flags that it takes besides its settings.
+
+    words: settings that may be given in this order without their flags, before all flags.
+    """
 
     schema: type[Schema]
     recipes: Recipes = dataclasses.field(default_factory=dict)
     flags: tuple[str, ...] = ("config",)
+    words: tuple[str, ...] = ()
 
     @property
     def about(self) -> str:
@@ -58,10 +65,13 @@ VERBS = {
     "sft": Verb(SFTConfig, SFT_RECIPES, ("config", "recipe", "resume", "fresh")),
     "reward": Verb(RewardConfig, REWARD_RECIPES, ("config", "recipe", "resume", "fresh")),
     "ppo": Verb(PPOConfig, PPO_RECIPES, ("config", "recipe", "resume", "fresh")),
+    "plan": Verb(PlanConfig, PPO_RECIPES, ("config", "recipe", "json")),
     "evaluate": Verb(EvaluateConfig, flags=("config", "fresh")),
     "rank": Verb(RankConfig, flags=("config", "fresh")),
     "chat": Verb(ChatConfig),
-    "report": Verb(ReportConfig, flags=()),
+    "report": Verb(ReportConfig, flags=(), words=("run_dir",)),
+    "checkpoint": Verb(CheckpointConfig, flags=(), words=("action", "run_dir")),
+    "replay": Verb(ReplayConfig, flags=(), words=("run_dir",)),
     "quickstart": Verb(QuickstartConfig),
     "doctor": Verb(DoctorConfig, flags=()),
 }
@@ -74,7 +84,7 @@ ABOUT = {
 
 @dataclass(frozen=True)
 class Invocation:
-    """A parsed command line: the verb's settings, the recipe they began with, and `resume` and `fresh` where taken."""
+    """A parsed command line: the verb's settings, the recipe they began with, and the flags that are not settings."""
 
     config: Any
     recipe: str | None
@@ -90,10 +100,9 @@ def expect_verb(name: str) -> None:
 def parse(name: str, words: Sequence[str]) -> Invocation:
     """The invocation of verb `name`; words that are not understood, and --help, end in SystemExit."""
     verb = VERBS[name]
-    if name == "report" and words and not words[0].startswith("-"):
-        words = ["--run-dir", *words]
+    words = _with_flags(verb, words)
     recipe, base = _below_flags(verb, words)
-    defaults: dict[str, Any] = {"config": None, "recipe": recipe, "resume": False, "fresh": False}
+    defaults: dict[str, Any] = {"config": None, "recipe": recipe, "resume": False, "fresh": False, "json": False}
     form = _form(verb)
     given = tyro.cli(
         form,
@@ -103,13 +112,23 @@ def parse(name: str, words: Sequence[str]) -> Invocation:
         default=form(settings=base, **{flag: defaults[flag] for flag in verb.flags}),
         registry=_as_dicts(),
     )
-    options = {flag: getattr(given, flag) for flag in ("resume", "fresh") if flag in verb.flags}
+    options = {flag: getattr(given, flag) for flag in ("resume", "fresh", "json") if flag in verb.flags}
     return Invocation(overlay(base, given.settings, origin="command line"), recipe, options)
 
 
 def parse_recipes(words: Sequence[str]) -> RecipesArguments:
     """The arguments of `ppomax recipes`."""
     return tyro.cli(RecipesArguments, prog="ppomax recipes", args=list(words))
+
+
+def _with_flags(verb: Verb, words: Sequence[str]) -> list[str]:
+    """Leading words that are no flags get the flags that they stand for."""
+    given = list(words)
+    for at, setting in enumerate(verb.words):
+        if len(given) <= 2 * at or given[2 * at].startswith("-"):
+            break
+        given.insert(2 * at, f"--{setting.replace('_', '-')}")
+    return given
 
 
 def _below_flags(verb: Verb, words: Sequence[str]) -> tuple[str | None, Schema]:
@@ -120,7 +139,7 @@ def _below_flags(verb: Verb, words: Sequence[str]) -> tuple[str | None, Schema]:
     if verb.recipes:
         in_file = values.pop("recipe", None)
         recipe = _value_of("--recipe", words) or (None if in_file is None else str(in_file))
-    base = recipe_named(recipe, verb.recipes) if recipe else verb.schema()
+    base = verb.schema(**recipe_named(recipe, verb.recipes).model_dump()) if recipe else verb.schema()
     return recipe, overlay(base, values, origin=file) if file else base
 
 
@@ -149,6 +168,7 @@ def _form(verb: Verb) -> Any:
         "fresh": Annotated[
             bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help="Delete the run that is there and start over.")
         ],
+        "json": Annotated[bool, tyro.conf.FlagCreatePairsOff, tyro.conf.arg(help="Print everything counted, as JSON.")],
     }
     settings = ("settings", Annotated[verb.schema, tyro.conf.arg(name="")])
     return dataclasses.make_dataclass("Form", [*((flag, kinds[flag]) for flag in verb.flags), settings], frozen=True)
@@ -177,6 +197,7 @@ def _description(name: str, verb: Verb) -> str:
         parts.append("A flag overrides the file, which overrides the recipe. `ppomax recipes` describes the recipes.")
     elif "config" in verb.flags:
         parts.append("A flag overrides the file.")
-    if name == "report":
-        parts.append("The directory may also be given by itself: ppomax report RUN_DIR.")
+    if verb.words:
+        words = " ".join(word.upper() for word in verb.words)
+        parts.append(f"The flags may be left out of the first settings: ppomax {name} {words}.")
     return " ".join(parts)

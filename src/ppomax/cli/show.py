@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from ppomax.cli.parse import ABOUT, VERBS
 from ppomax.config import Schema
 from ppomax.config.layers import nearest, plain
 from ppomax.errors import SetupError
+
+GIB = 2**30
 
 
 def show_error(message: str) -> None:
@@ -112,8 +114,95 @@ def show_doctor(found: Mapping[str, Any]) -> None:
         console.print(Text(f"- {concern}"), soft_wrap=True)
 
 
+def show_checkpoints(found: Path | Sequence[Mapping[str, Any]]) -> None:
+    """A table of checkpoints, newest last, and below it what is damaged; or the path of an exported model."""
+    if isinstance(found, Path):
+        print(found)
+        return
+    table = _columns("checkpoint", "size", "age", "state")
+    for row in found:
+        state = Text("damaged", style="yellow") if row["problems"] else Text("intact")
+        table.add_row(Text(row["name"]), Text(row["size"]), Text(row["age"]), state)
+    _stdout().print(table)
+    for problem in (problem for row in found for problem in row["problems"]):
+        _stdout().print(Text(problem, style="yellow"), soft_wrap=True)
+
+
+def show_replay(found: Mapping[str, Mapping[str, Any]]) -> None:
+    """Losses, norms and the first number that is none, in a column for each precision."""
+    table = _columns("", *found)
+    table.columns[0].no_wrap = True
+    for key in dict.fromkeys(key for column in found.values() for key in column):
+        table.add_row(Text(key), *(Text(_number(column.get(key))) for column in found.values()))
+    _stdout().print(table)
+
+
+def show_plan(found: Mapping[str, Any]) -> None:
+    """The planner's findings: what was counted for, every layout, the shown one's bytes and seconds, what to turn."""
+    console, machine = _stdout(), found["machine"]
+    models, layouts = _columns(), _columns("layout", "GiB", "fits", "worst phase", "PFLOP an iteration")
+    for shape in dict.fromkeys(model["shape"] for model in found["models"].values()):
+        names = [name for name, model in found["models"].items() if model["shape"] == shape]
+        models.add_row(Text(", ".join(names)), Text(shape))
+    for layout in found["layouts"]:
+        worst = max(layout["phases"], key=layout["phases"].get)
+        fits = Text("yes", style="green") if layout["fits"] else Text("no", style="red")
+        layouts.add_row(Text(layout["name"]), _gib(layout["peak"]), fits, worst, f"{layout['flops'] / 1e15:,.3g}")
+    about = (
+        f"{machine['devices']} × {machine['memory'] / GIB:,.1f} GiB, of which {machine['usable'] / GIB:,.1f} count; "
+        f"{machine['dtype']}; microbatches of {found['microbatch']['rows']:.3g} responses, "
+        f"{found['microbatch']['tokens']:,.0f} tokens"
+    )
+    console.print(Text("models", style="bold"), models, Text("\nmachine", style="bold"), Text(about), sep="\n")
+    console.print(Text("\nlayouts: the peak of one device", style="bold"), layouts, sep="\n")
+    what = "recommended, the first that fits" if found["recommended"] else "nothing fits; what needs least"
+    console.print(Text(f"\n{what}: {found['shown']}", style="bold"))
+    console.print(Text(found["flags"] or "the settings as they are"), soft_wrap=True)
+    _show_bytes(console, found)
+    _show_time(console, found)
+    if found["knobs"]:
+        console.print(Text("\nwhat to turn, each by itself", style="bold"))
+    for knob in found["knobs"]:
+        fits = "fits" if knob["fits"] else "does not fit"
+        console.print(Text(f"- {knob['change']}: {_gib(knob['peak'])} GiB, {fits}"), soft_wrap=True)
+
+
+def _show_bytes(console: Console, found: Mapping[str, Any]) -> None:
+    parts = ("weights", "gathered", "masters", "moments", "gradients", "activations")
+    players = _columns("GiB of one device", "parameters", *parts)
+    for name, player in found["players"].items():
+        numbers = [f"{found['models'][name]['parameters'] / 1e9:.3g} B", *(_gib(player[part]) for part in parts)]
+        players.add_row(Text(name), *numbers)
+    table = _columns("phase", "GiB", "made of")
+    for name, phase in found["phases"].items():
+        made = ", ".join(f"{part} {_gib(size)}" for part, size in phase.items())
+        table.add_row(Text(name), _gib(sum(phase.values())), Text(made))
+    console.print("", players, "", table, sep="\n")
+
+
+def _show_time(console: Console, found: Mapping[str, Any]) -> None:
+    table = _columns("an iteration", "PFLOP", "seconds")
+    for phase, operations in found["flops"].items():
+        seconds = "" if found["seconds"] is None else f"{found['seconds'][phase]:,.1f}"
+        table.add_row(phase, f"{operations / 1e15:,.4g}", seconds)
+    if found["seconds"] is not None:
+        table.add_row("all", f"{sum(found['flops'].values()) / 1e15:,.4g}", f"{sum(found['seconds'].values()):,.1f}")
+    speed, machine = [], found["machine"]
+    speed += [] if machine["tflops"] is None else [f"{machine['tflops']:.4g} TFLOP/s"]
+    speed += [] if machine["bandwidth"] is None else [f"{machine['bandwidth']:,.4g} GB/s"]
+    console.print("", table, sep="\n")
+    at = f"at {' and '.join(speed)} of one device" if speed else "--tflops and --bandwidth turn these into seconds"
+    console.print(Text(at))
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.1f}" if size >= GIB / 10 or not size else f"{size / GIB:.2g}"
+
+
 def _recipes() -> Iterator[tuple[str, str, Any]]:
     for verb, known in VERBS.items():
+        if verb == "plan":  # it borrows those of ppo
+            continue
         for name, function in known.recipes.items():
             yield verb, name, function
 

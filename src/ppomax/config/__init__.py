@@ -1,14 +1,17 @@
 """Schemas, named recipes, and how a file and flags are laid over them."""
 
+from ppomax.config.plan import PlanConfig
 from ppomax.config.ppo import CriticConfig, KLConfig, ObjectiveConfig, PPOConfig, ScoreConfig
 from ppomax.config.schema import (
     ChatConfig,
+    CheckpointConfig,
     DoctorConfig,
     EvaluateConfig,
     ModelConfig,
     OptimConfig,
     QuickstartConfig,
     RankConfig,
+    ReplayConfig,
     ReportConfig,
     RewardConfig,
     SamplingConfig,
@@ -19,6 +22,7 @@ from ppomax.config.schema import (
 
 __all__ = [
     "ChatConfig",
+    "CheckpointConfig",
     "CriticConfig",
     "DoctorConfig",
     "EvaluateConfig",
@@ -27,8 +31,10 @@ __all__ = [
     "ObjectiveConfig",
     "OptimConfig",
     "PPOConfig",
+    "PlanConfig",
     "QuickstartConfig",
     "RankConfig",
+    "ReplayConfig",
     "ReportConfig",
     "RewardConfig",
     "SFTConfig",

@@ -203,6 +203,12 @@ class PPOConfig(Schema):
     score: ScoreConfig = ScoreConfig()
     critic: CriticConfig = CriticConfig()
     optim: OptimConfig = Field(default=OptimConfig(lr=5e-7), description="The policy's optimiser.")
+    reward_timeout: float | None = Field(
+        default=None,
+        gt=0,
+        description="Seconds that a reward or judge function may take for a batch; after them the run ends with an"
+        " error and goes on from its last checkpoint with --resume. None: no limit.",
+    )
     judge: str | None = Field(
         default=None, description="module:function scored on every rollout for the log only; the policy never sees it."
     )

@@ -99,6 +99,17 @@ class SaveConfig(Schema):
 
     every: int = Field(default=50, ge=1, description="Checkpoint every N steps (PPO: iterations), and at the end.")
     keep: int = Field(default=2, ge=1, description="Newest verified checkpoints that stay.")
+    keep_best: str | None = Field(
+        default=None,
+        description="Also keep the checkpoint with the highest value of this metric (gold_mean); with a minus before"
+        " it (-heldout_loss), the lowest. None: the newest only.",
+    )
+    grace: float | None = Field(
+        default=None,
+        gt=0,
+        description="Seconds that SIGTERM leaves for finishing the step (PPO: the iteration) and saving; after them the"
+        " run stops where it is and goes on from its last checkpoint. None: finish, however long it takes.",
+    )
 
 
 class SFTConfig(Schema):
@@ -263,6 +274,39 @@ class ReportConfig(Schema):
     run_dir: Path = Field(default=Path("runs/quickstart"), description="A run directory.")
 
 
+class CheckpointConfig(Schema):
+    """A run's checkpoints: list them, verify them, or export one as a Hugging Face model without resuming the run."""
+
+    action: Literal["list", "verify", "export"] = Field(
+        default="list",
+        description="list: number, size, age and state of each; verify: exit code 1 if one is damaged; export: write a"
+        " model from one.",
+    )
+    run_dir: Path = Field(default=Path("runs/ppo"), description="The run directory of sft, reward or ppo.")
+    number: int | None = Field(
+        default=None,
+        ge=0,
+        description="N of iteration-N or step-N; None: all of them, for export the newest intact one.",
+    )
+    model: Literal["final", "critic", "last"] = Field(
+        default="final",
+        description="export: what final/, critic/ or last/ (the policy beside its moving average) would have held.",
+    )
+    out: Path | None = Field(
+        default=None, description="export: a new directory; None: exported/ in the run directory, by number and model."
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] | None = Field(
+        default=None, description="export: precision of the weights; None: as the run's settings say."
+    )
+
+
+class ReplayConfig(Schema):
+    """Read the batch whose gradients were no numbers again: losses, norms, and where the first such number is."""
+
+    run_dir: Path = Field(default=Path("runs/ppo"), description="The run that stopped; its batch is in nonfinite/.")
+    device: str = Field(default="auto", description="auto, cpu, cuda, cuda:0, mps.")
+
+
 class QuickstartConfig(Schema):
     """The whole pipeline on a real model, offline, in minutes."""
 
@@ -275,4 +319,9 @@ class QuickstartConfig(Schema):
 class DoctorConfig(Schema):
     """What is installed, what the machine can do, what will be slow and why."""
 
-    measure: bool = Field(default=False, description="Also measure matrix-product speed (seconds).")
+    measure: bool = Field(
+        default=False, description="Also measure, in seconds, how fast matrix products and memory copies are."
+    )
+    model: str | None = Field(
+        default=None, description="Measure the products of this model's layers; None: those of smollm2-135m."
+    )

@@ -14,7 +14,8 @@ import re
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -26,6 +27,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
+from ppomax.engine import world
 from ppomax.engine.durable import (
     TEMPORARY,
     SaveError,
@@ -35,6 +37,7 @@ from ppomax.engine.durable import (
     publish,
     settle,
     size_text,
+    sync_folder,
     write_json_atomic,
     write_text_atomic,
 )
@@ -43,19 +46,21 @@ from ppomax.types import DataError, SetupError
 
 JSON: TypeAlias = "dict[str, JSON] | list[JSON] | str | int | float | bool | None"
 
-# safetensors builds a whole file in memory before it writes it, so a file stays small.
-FILE_BYTES = 128 * 1024**2
+# safetensors builds a whole file in memory before it writes it, so a file stays small: it also costs less time.
+FILE_BYTES = 32 * 1024**2
 _NAME = re.compile(r"[A-Za-z][A-Za-z_]*-\d+")
 _FORMAT = "ppomax-checkpoint-1"
 
 
 def save_checkpoint(
-    folder: Path, name: str, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, keep: int = 2
-) -> Path:
+    folder: Path, name: str, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, keep: int = 2,
+    spare: Collection[str] = (),
+) -> Path:  # fmt: skip
     """Write the checkpoint `folder/name` and, once it is complete and checked, delete old ones.
 
     name: "iteration-12" or "step-300". tensors: any dtype and shape, DTensors too; with a process group every rank
-    calls this with the same names. state: JSON values only; rank 0's is kept. keep: how many stay, this one included.
+    calls this with the same names. state: JSON values only; rank 0's is kept. keep: how many stay, this one included;
+    spare: names of others that stay as well.
     Checkpoints with a higher number go as well: the run went back before them.
     Raises SaveError when the disk fails (old checkpoints are then untouched), DataError for state that is not JSON.
     """
@@ -70,7 +75,7 @@ def save_checkpoint(
         first(lambda: _begin(temporary))
         _write_tensors(temporary, tensors)
         first(lambda: _finish(temporary, target, tensors, state))
-    first(lambda: _delete_old(folder, keep))
+    first(lambda: _delete_old(folder, keep, spare))
     return target
 
 
@@ -88,7 +93,10 @@ def load_checkpoint(
     saved = _saved(path)
     if into is None:
         given = like or {}
-        into = {name: given.get(name, torch.empty(shape, dtype=dtype)) for name, (shape, dtype) in saved.items()}
+        into = {
+            name: given[name] if name in given else torch.empty(shape, dtype=dtype)
+            for name, (shape, dtype) in saved.items()
+        }
     problems = _differences({name: (tuple(t.shape), t.dtype) for name, t in into.items()}, saved)
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
@@ -121,15 +129,33 @@ def verify_checkpoint(path: Path) -> list[str]:
     ]
 
 
-def latest_checkpoint(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest intact checkpoint of a folder, and what is wrong with the newer ones that were passed over."""
+def latest_checkpoint(folder: Path, *, at_most: int | None = None) -> tuple[Path | None, list[str]]:
+    """The newest intact checkpoint of a folder, and what is wrong with the newer ones that were passed over.
+
+    at_most: leave those with a higher number out.
+    """
     problems: list[str] = []
-    for path in reversed(_checkpoints(Path(folder))):
+    for path in reversed(checkpoints(Path(folder))):
+        if at_most is not None and checkpoint_number(path) > at_most:
+            continue
         found = verify_checkpoint(path)
         if not found:
             return path, problems
         problems += found
     return None, problems
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a folder by number, intact or not; temporary names do not match."""
+    found: list[Path] = []
+    with suppress(FileNotFoundError):
+        found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+    return sorted(found, key=checkpoint_number)
+
+
+def checkpoint_number(path: Path) -> int:
+    """iteration-12 → 12."""
+    return int(path.name.rsplit("-", 1)[1])
 
 
 def dry_run(folder: Path, bytes_needed: int) -> None:
@@ -187,6 +213,8 @@ def _write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
             number, filled = number + 1, 0
         file_of[name], filled = number, filled + size
     writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=file_of, save_distributed=True)
+    # One process syncs its files in `_finish`, while it reads them; several may stand on several machines.
+    writer.sync_files = world.size() > 1
     _quietly(lambda: dcp.save(_writable(tensors), storage_writer=writer))
 
 
@@ -211,32 +239,23 @@ def _finish(temporary: Path, target: Path, tensors: Mapping[str, Tensor], state:
     problems = _differences(wanted, _saved(temporary))
     if problems:
         raise SaveError(f"{target}: the files read back differ from what was written: {'; '.join(problems[:3])}")
-    files = {
-        file.name: {"size": file.stat().st_size, "sha256": file_hash(file)} for file in sorted(temporary.iterdir())
-    }
+    written = sorted(temporary.iterdir())
+    with ThreadPoolExecutor(2) as pool:
+        synced = pool.map(sync_folder, written)
+        files = {file.name: {"size": file.stat().st_size, "sha256": file_hash(file)} for file in written}
+        list(synced)
     write_json_atomic(temporary / "manifest.json", {"format": _FORMAT, "files": files})
     # Before the rename: a kill in between must not leave a superseded checkpoint as the newest.
-    for path in _checkpoints(target.parent):
-        if _number(path) > _number(target):
+    for path in checkpoints(target.parent):
+        if checkpoint_number(path) > checkpoint_number(target):
             shutil.rmtree(path, ignore_errors=True)
     publish(temporary, target)
 
 
-def _delete_old(folder: Path, keep: int) -> None:
-    for path in _checkpoints(folder)[:-keep]:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a folder by number; temporary names do not match."""
-    found: list[Path] = []
-    with suppress(FileNotFoundError):
-        found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
-    return sorted(found, key=_number)
-
-
-def _number(path: Path) -> int:
-    return int(path.name.rsplit("-", 1)[1])
+def _delete_old(folder: Path, keep: int, spare: Collection[str]) -> None:
+    for path in checkpoints(folder)[:-keep]:
+        if path.name not in spare:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _saved(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

@@ -37,6 +37,7 @@ metrics.jsonl    one JSON object per line: the measurements, in order; all plots
 samples.jsonl    texts that the model wrote along the way, one JSON object per line
 events.out.*     the same measurements for TensorBoard
 checkpoints/     what `--resume` goes on from: weights, optimiser and counters (safetensors and JSON, with hashes)
+nonfinite/       the batch whose gradients were no numbers, where that ended the run; `ppomax replay` reads it again
 final/           the trained model in Hugging Face layout; load it with transformers, vLLM or anything that reads it
 report.html      plots and samples in one page; open it in a browser
 summary.json     the result in a few numbers; it is written last, so its presence means that the run is complete
@@ -129,7 +130,7 @@ def open_run(
         raise SetupError(f"{path}: found both --resume and --fresh, expected at most one; --fresh deletes the old run")
     if path.exists() and not path.is_dir():
         raise SetupError(f"{path}: found a file, expected a directory; choose another output directory")
-    foreign = _contents(path) and _stored_verb(path) is None
+    foreign = _contents(path) and stored_verb(path) is None
     if foreign:
         raise SetupError(
             f"{path}: found a directory with other files ({', '.join(_contents(path)[:3])}), expected a new or empty "
@@ -167,16 +168,16 @@ def _describe(run: Run, config: Mapping[str, Any]) -> None:
 
 def _check_owner(run: Run, config: Mapping[str, Any], resume: bool, ignore: Collection[str]) -> None:
     choices = "--fresh to delete it and start over, or choose another output directory"
-    stored_verb = _stored_verb(run.path)
+    found_verb = stored_verb(run.path)
     if not run.config.exists() and _has_work(run):
         raise SetupError(
             f"{run.config}: found nothing, expected the settings of the run that is here; restore it, use {choices}"
         )
-    if stored_verb is None or not run.config.exists():
+    if found_verb is None or not run.config.exists():
         return
-    if stored_verb != run.verb:
+    if found_verb != run.verb:
         raise SetupError(
-            f"{run.path}: found a run of `ppomax {stored_verb}`, expected one of `ppomax {run.verb}`; use {choices}"
+            f"{run.path}: found a run of `ppomax {found_verb}`, expected one of `ppomax {run.verb}`; use {choices}"
         )
     found, expected = _flat(_read_yaml(run.config)), _flat(_plain(config))
     skip = tuple(ignore)
@@ -209,7 +210,7 @@ def _contents(path: Path) -> list[str]:
     return [name for name in names if name != ".lock" and not name.startswith((TEMPORARY, REPLACED))]
 
 
-def _stored_verb(path: Path) -> str | None:
+def stored_verb(path: Path) -> str | None:
     """The verb of a run directory of ours, None for any other directory."""
     try:
         marker = json.loads((path / "run.json").read_text(encoding="utf-8"))

@@ -109,15 +109,6 @@ def gathered(value: T) -> list[T]:
     return values
 
 
-def any_of(flag: bool) -> bool:
-    """Whether the flag is set in any process."""
-    if size() == 1:
-        return flag
-    seen = torch.tensor(int(flag))
-    dist.all_reduce(seen, op=dist.ReduceOp.MAX)
-    return bool(seen)
-
-
 def summed(numbers: Mapping[str, float]) -> dict[str, float]:
     """The sums over all processes; the names are the same in all of them."""
     if size() == 1:

@@ -88,7 +88,7 @@ def load_tokenizer(name: str, template: str | None = None) -> Any:
     """The tokenizer of a model directory or hub name, ready for dialogues (`data.chat.prepare_tokenizer`)."""
     where = model_directory(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where)
+        tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
     except UNREADABLE as error:
         raise SetupError(
             f"{name}: no tokenizer could be loaded ({_first_line(error)}). Expected tokenizer.json beside config.json"
@@ -97,6 +97,14 @@ def load_tokenizer(name: str, template: str | None = None) -> Any:
         found = "an empty vocabulary" if len(tokenizer) == 0 else "no eos token"
         raise SetupError(f"{name}: the tokenizer has {found}; expected tokenizer files with an eos token")
     return prepare_tokenizer(tokenizer, template)
+
+
+def load_config(name: str) -> dict[str, Any]:
+    """What config.json says of a model."""
+    try:
+        return AutoConfig.from_pretrained(model_directory(name)).to_dict()
+    except UNREADABLE as error:
+        raise SetupError(f"{name}: config.json cannot be read: {_first_line(error)}") from None
 
 
 def load_causal_lm(name: str, compute: Compute) -> nn.Module:
@@ -232,12 +240,12 @@ def _load(auto: Any, name: str, compute: Compute, **options: Any) -> tuple[Any, 
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:
-        AutoConfig.from_pretrained(where)
+        AutoConfig.from_pretrained(where, trust_remote_code=False)
         # fork_rng: transformers draws absent tensors from the caller's global random state.
         with torch.random.fork_rng(devices=[]):
             model, loading = auto.from_pretrained(
                 where, dtype=compute.dtype, attn_implementation=attention_for(compute.device), use_safetensors=True,
-                output_loading_info=True, ignore_mismatched_sizes=True, **options,
+                trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **options,
             )  # fmt: skip
     except UNREADABLE as error:
         raise SetupError(f"{name}: cannot be loaded as {auto.__name__}: {_first_line(error)}") from None

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,11 +18,12 @@ from torch.nn import functional as F
 
 from ppomax.data.batches import prompt_batches, token_budget_batches
 from ppomax.models.attention import packed_states, packing_is_exact
+from ppomax.models.flops import Cost, Costs, batch_work, stack_costs
 from ppomax.models.layers import lower_view, split_is_exact, upper_view
 from ppomax.models.load import scalar_head
 from ppomax.models.logprobs import Unembedded, token_entropy, token_kl, token_logprobs, token_statistics
 from ppomax.models.lora import Lora, add_adapters
-from ppomax.types import SetupError, TokenBatch
+from ppomax.types import SetupError, TokenBatch, Work
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,31 @@ class Player(nn.Module):
         """The parameters that the optimiser moves, by name in the Hugging Face model."""
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
 
+    @cached_property
+    def costs(self) -> Costs:
+        """Floating-point operations of this player's passes, the reading of its head included."""
+        split = 0 if self.train_layers is None else len(self.base.layers) - self.train_layers
+        token_weights, place_weights = self._heads()
+        return stack_costs(self.base, split=split, token_weights=token_weights, place_weights=place_weights)
+
+    def _heads(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Weights that read every token, and those that read the tokens that are asked for."""
+        raise NotImplementedError
+
+    def work(self, batch: TokenBatch, *, training: bool = False, places: int | None = None) -> Work:
+        """What a pass over a batch has to do, with `training` its backward pass too; counted once either way.
+
+        places: tokens whose log-probs are asked for; by default a policy's are the response tokens, a scalar's none.
+        """
+        cost = self.costs.forward + (self.costs.backward if training else Cost())
+        if batch.trunk_BTH is None:
+            cost += self.costs.trunk
+        return batch_work(cost, batch, packs=self.packs, places=places)
+
+    def trunk_work(self, batch: TokenBatch) -> Work:
+        """What `trunk` has to do."""
+        return batch_work(self.costs.trunk, batch, packs=self.packs, places=0)
+
 
 class Policy(Player):
     """Policy or reference: log-probs of given tokens."""
@@ -148,6 +175,9 @@ class Policy(Player):
                 other = against._unembedded(batch, places)
             scores = replace(scores, kl_BT=places.spread(token_kl(states, other, temperature=temperature)))
         return scores
+
+    def _heads(self) -> tuple[list[Tensor], list[Tensor]]:
+        return [], [self.model.get_output_embeddings().weight]  # type: ignore[operator]
 
     def _unembedded(self, batch: TokenBatch, places: _Places) -> Unembedded:
         head = self.model.get_output_embeddings()  # type: ignore[operator]
@@ -209,10 +239,19 @@ class Scalar(Player):
         values = F.linear(hidden.float(), self.head.weight.float(), bias)[..., 0]
         if lm_mask_BT is None:
             return ScalarOutput(values)
-        weight = self.unembedding.weight if self.unembedding is not None else self.base.get_input_embeddings().weight
         places = _Places.of(lm_mask_BT, batch)
-        states = Unembedded(hidden[places.rows, places.before], weight)
+        states = Unembedded(hidden[places.rows, places.before], self._lm_weight())
         return ScalarOutput(values, _token_scores(states, places, 1.0, statistics=False).logprobs_BT)
+
+    def _lm_weight(self) -> Tensor:
+        return self.unembedding.weight if self.unembedding is not None else self.base.get_input_embeddings().weight
+
+    def _heads(self) -> tuple[list[Tensor], list[Tensor]]:
+        return [self.head.weight], [self._lm_weight()]
+
+    def work(self, batch: TokenBatch, *, training: bool = False, places: int | None = None) -> Work:
+        """As for every player; log-probs are read where the LM term asks for them."""
+        return super().work(batch, training=training, places=places or 0)
 
 
 def response_mask(batch: TokenBatch) -> Tensor:
@@ -273,6 +312,9 @@ def head_is_linear(model: nn.Module, base: Any) -> bool:
         return False
     expected = F.linear(base(input_ids=ids, use_cache=False).last_hidden_state, head.weight, head.bias).float()
     found = model(input_ids=ids, use_cache=False).logits.float()
+    if not bool(torch.isfinite(found).all()):
+        name = getattr(model, "name_or_path", "") or type(model).__name__
+        raise SetupError(f"{name}: found logits that are no numbers, expected finite ones: its weights are damaged")
     return bool((found - expected).abs().max() <= 1e-2 * expected.abs().max())
 
 

@@ -35,12 +35,12 @@ def loading(compute: Compute) -> Compute:
 def shard(player: P, compute: Compute, config: ModelConfig) -> P:
     """Spread a player's trained parameters over the processes; alone, nothing happens.
 
-    With zero3 a layer that a pass gathered goes back after the forward pass, and a frozen player without a shared trunk
-    is spread too; with zero2 it goes back after the backward pass, and frozen players stay whole.
+    With zero3 a layer that a pass gathered goes back after the forward pass, and frozen players are spread too, unless
+    they share weights with trained ones; with zero2 it goes back after the backward pass, and frozen ones stay whole.
     """
     trained = {p for p in player.parameters() if p.requires_grad}
-    reshard = config.shard == "zero3"
-    if world.size() == 1 or (not trained and (not reshard or config.train_layers is not None)):
+    reshard, shares = config.shard == "zero3", config.train_layers is not None or config.lora_rank is not None
+    if world.size() == 1 or (not trained and (shares or not reshard)):
         return player
     _register_outputs()
     spread = trained or set(player.parameters())

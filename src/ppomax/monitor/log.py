@@ -46,6 +46,10 @@ class MetricsLog:
                     self._writer.add_scalar(key, value, position)
             self._writer.flush()
 
+    def sync(self) -> None:
+        """Waits until the rows are on the disk: a checkpoint must not outlive the rows before it."""
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         """Closes the file and the TensorBoard writer."""
         self._file.close()
@@ -83,6 +87,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             raise DataError(f"{path}, line {number}: found {type(row).__name__}, expected a JSON object")
         rows.append(row)
     return rows
+
+
+def unbroken_rows(path: Path) -> int:
+    """How many rows of a JSONL log follow each other as 0, 1, 2, …; 0 if there is no file."""
+    rows = read_metrics(path) if path.exists() else []
+    return next((i for i, row in enumerate(rows) if _position(row) != i), len(rows))
 
 
 def append_samples(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

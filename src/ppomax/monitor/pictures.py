@@ -15,10 +15,11 @@ from ppomax.monitor.plots import (
     heat_map,
     histogram_bars,
     line_chart,
-    stacked_areas,
+    stacked_bars,
     trajectory,
 )
 from ppomax.monitor.run_files import RunFiles, series
+from ppomax.monitor.time_parts import GROUPS, time_parts
 
 _LONGER = "tokens by which the preferred answer is longer"
 Rows = Sequence[Mapping[str, Any]]
@@ -176,7 +177,12 @@ def _ppo_pictures(run: RunFiles) -> list[Picture]:
     def chart(*panels: Panel) -> str:
         return line_chart(x, panels, xlabel="iteration", shaded=shaded)
 
-    return [*_outcome_pictures(rows, x, chart), *_drift_pictures(rows, chart), *_training_pictures(rows, x, chart)]
+    return [
+        *_outcome_pictures(rows, x, chart),
+        *_drift_pictures(rows, chart),
+        *_training_pictures(rows, chart),
+        *_time_pictures(rows, x, chart),
+    ]
 
 
 def _outcome_pictures(rows: Rows, x: Sequence[float], chart: Callable[..., str]) -> list[Picture]:
@@ -265,11 +271,9 @@ def _drift_pictures(rows: Rows, chart: Callable[..., str]) -> list[Picture]:
     ]
 
 
-def _training_pictures(rows: Rows, x: Sequence[float], chart: Callable[..., str]) -> list[Picture]:
+def _training_pictures(rows: Rows, chart: Callable[..., str]) -> list[Picture]:
     losses = [Panel("policy loss", [_line(rows, "", "policy_loss")]), Panel("ptx loss", [_line(rows, "", "ptx_loss")])]
     norms = [_line(rows, "policy", "grad_norm_policy"), _line(rows, "critic", "grad_norm_critic")]
-    keys = sorted({key for row in rows for key in row if key.startswith("seconds/") and key != "seconds/total"})
-    seconds = {key.removeprefix("seconds/"): series(rows, key) for key in keys}
     return [
         Picture(
             "Critic",
@@ -298,11 +302,31 @@ def _training_pictures(rows: Rows, x: Sequence[float], chart: Callable[..., str]
             "language is kept.",
             "A ptx loss that rises: the model forgets. Gradient norms that jump by factors of ten.",
         ),
+    ]
+
+
+def _time_pictures(rows: Rows, x: Sequence[float], chart: Callable[..., str]) -> list[Picture]:
+    used = [_line(rows, outer, f"utilisation/{outer}") for outer in GROUPS]
+    return [
         Picture(
             "Where the time goes",
-            stacked_areas(x, seconds, xlabel="iteration", ylabel="seconds"),
-            "Seconds per iteration: sampling answers, scoring them, and training on them.",
-            "A part that grows from iteration to iteration, usually because the answers grow.",
+            stacked_bars(x, time_parts(rows), xlabel="iteration", ylabel="seconds"),
+            "Each bar is one iteration. From the bottom: writing answers (reading the prompts, then token by token), "
+            "scoring them with every model that reads them, and training on them. All parts together are the whole "
+            "iteration, up to its log entry; what takes less than a hundredth of the time is in the rest of its group.",
+            "A part that grows from iteration to iteration, usually because the answers grow. A large rest: time in "
+            "which no model computes.",
+        ),
+        Picture(
+            "Speed",
+            chart(
+                Panel("tokens per second", [_line(rows, "", "tokens_per_second")], from_zero=True),
+                Panel("of the machine's peak", used, percent=True, from_zero=True),
+            ),
+            "Above: tokens that were written, per second of the whole iteration, scoring and training included. Below: "
+            "how much of the fastest matrix products that this machine was seen to do goes into useful work, without "
+            "padding. Writing answers is usually the lowest, because it computes one token of each answer at a time.",
+            "A fall that is not explained by longer answers: another program took the processor, or memory is short.",
         ),
     ]
 

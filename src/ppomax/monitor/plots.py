@@ -17,6 +17,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
@@ -176,19 +177,33 @@ def calibration_chart(groups: Sequence[Mapping[str, Any]], *, xlabel: str, ylabe
         return _svg(figure)
 
 
-def stacked_areas(x: Sequence[float], parts: Mapping[str, Sequence[float]], *, xlabel: str, ylabel: str) -> str:
-    """Parts of a sum over time, on top of each other; missing values count as 0."""
+def stacked_bars(
+    x: Sequence[float], parts: Sequence[tuple[str, Sequence[float], str]], *, xlabel: str, ylabel: str
+) -> str:
+    """Parts of a sum (label, values, colour) at each x, on top of each other; missing values count as 0."""
     if not parts:
         return ""
-    table = _thin(np.nan_to_num(np.array([x, *parts.values()], dtype=float)))
+    table = _thin(np.nan_to_num(np.array([x, *(values for _, values, _ in parts)], dtype=float)), _MOST_COLUMNS)
     with matplotlib.rc_context(_STYLE):
-        figure, (ax,) = _figure(1, height=2.2)
-        ax.stackplot(table[0], table[1:], labels=list(parts), colors=_SERIES, step="mid", alpha=0.85, linewidth=0)
+        figure, (ax,) = _figure(1, height=3.0)
+        width = 0.85 * (table[0, -1] - table[0, 0]) / max(table.shape[1] - 1, 1) or 0.85
+        below = np.zeros(table.shape[1])
+        for (label, _, colour), heights in zip(parts, table[1:], strict=True):
+            ax.bar(table[0], heights, width, bottom=below, color=colour, linewidth=0, label=label)
+            below += heights
         ax.set(xlabel=xlabel, ylabel=ylabel)
-        ax.margins(x=0)
-        _legend(ax)
+        ax.margins(x=0.01)
         ax.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        # In the order of the stack, which begins at the bottom.
+        figure.legend(loc="outside right center", reverse=True, handlelength=1.0)
         return _svg(figure)
+
+
+def shades(colour: str, count: int) -> list[str]:
+    """`count` versions of a colour, from itself to pale."""
+    mixes = [1 - 0.72 * i / max(count - 1, 1) for i in range(count)]
+    red, green, blue = to_rgb(colour)
+    return [to_hex((mix * red + 1 - mix, mix * green + 1 - mix, mix * blue + 1 - mix)) for mix in mixes]
 
 
 def share_bars(rows: Sequence[tuple[str, Sequence[float]]], parts: Sequence[tuple[str, str]], *, unit: str) -> str:

@@ -148,7 +148,7 @@ def _facts(run: RunFiles) -> list[str]:
     for key, word in (("iteration", "iterations"), ("step", "optimiser steps")):
         count = last_finite(run.metrics, key)
         if math.isfinite(count):
-            facts.append(f"{count:,.0f} {word}")
+            facts.append(f"{count + 1:,.0f} {word}")  # rows are numbered from 0
     seed = config_value(run, "seed")
     if seed is not None:
         facts.append(f"seed {seed}")

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib
 import math
+import signal
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any, cast
 
 from ppomax.engine import world
@@ -63,6 +66,35 @@ def _called(
         if lengths is not None and len(row) != lengths[i]:
             raise DataError(f"reward {name}: response {i} has {lengths[i]} tokens, found {len(row)} dense rewards")
     return [0.0] * len(rows), [_finite(row, name, f"response {i}") for i, row in enumerate(rows)]
+
+
+def limited(function: RewardFunction, seconds: float | None, *, name: str) -> RewardFunction:
+    """The function, ended with a DataError when it takes longer than `seconds`; None: as it is.
+
+    By a timer of the operating system, so that waiting (for a server, a lock, a process) ends too; a C function that
+    never returns to Python does not. Outside the main thread, where signals cannot be caught, nothing is limited.
+    """
+    if seconds is None:
+        return function
+
+    def over(number: int, frame: FrameType | None) -> None:
+        raise DataError(
+            f"reward {name}: no answer after {seconds:g} seconds (reward_timeout); mend what it waits for or raise the "
+            "limit, then go on with --resume"
+        )
+
+    def call_in_time(*arguments: Any, **columns: Any) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            return function(*arguments, **columns)
+        before = signal.signal(signal.SIGALRM, over)
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        try:
+            return function(*arguments, **columns)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+
+    return call_in_time
 
 
 def function_name(function: RewardFunction) -> str:

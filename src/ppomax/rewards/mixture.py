@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from ppomax.monitor.clock import Clock
 from ppomax.rewards.callables import RewardFunction, call, shared_columns
 from ppomax.rewards.model import RewardModel
 from ppomax.types import Rollout, SetupError
@@ -22,6 +24,11 @@ class Term:
     name: str
     weight: float
     reward: RewardModel | RewardFunction
+
+    @property
+    def part(self) -> str:
+        """Its name on the clock."""
+        return f"score/reward/{self.name}"
 
 
 def parse_terms(specs: tuple[str, ...]) -> list[tuple[float, str]]:
@@ -40,20 +47,26 @@ def is_function(spec: str) -> bool:
     return bool(re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", spec))
 
 
-def score_texts(terms: list[Term], rollout: Rollout, texts: list[str]) -> tuple[dict[str, Tensor], Tensor | None]:
+def score_texts(
+    terms: list[Term], rollout: Rollout, texts: list[str], clock: Clock | None = None
+) -> tuple[dict[str, Tensor], Tensor | None]:
     """Unweighted components by name ([B] each) of the terms that read text, and their weighted dense rewards [B, R]."""
     prompts = [prompt.messages for prompt in rollout.prompts]
     columns = shared_columns([prompt.columns for prompt in rollout.prompts])
     columns["response_ids"] = rollout.responses()
     lengths = rollout.length_B.tolist()
+    clock = clock or Clock()
     components: dict[str, Tensor] = {}
     dense_BR: Tensor | None = None
     for term in terms:
         if isinstance(term.reward, RewardModel):
             if not term.reward.reads_ids:
-                components[term.name] = torch.tensor(term.reward.score_text(prompts, texts))
+                with clock(term.part):
+                    scores = term.reward.score_text(prompts, texts, count=partial(clock.count, term.part))
+                components[term.name] = torch.tensor(scores)
             continue
-        scores, dense = call(term.reward, prompts, texts, columns, name=term.name, lengths=lengths)
+        with clock(term.part):
+            scores, dense = call(term.reward, prompts, texts, columns, name=term.name, lengths=lengths)
         components[term.name] = torch.tensor(scores)
         if dense is not None:
             dense_BR = torch.zeros(rollout.response_ids_BR.shape) if dense_BR is None else dense_BR

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from ppomax.data.chat import fit_prompt, render_prompt, render_response
 from ppomax.engine import world
 from ppomax.models.players import Scalar, at_end
-from ppomax.types import Message, TokenBatch, token_batch
+from ppomax.types import Message, TokenBatch, Work, token_batch
 
 
 @dataclass(frozen=True)
@@ -31,17 +31,25 @@ class RewardModel:
         return at_end(self.scalar(batch).values_BT, batch)
 
     @torch.no_grad()
-    def score_text(self, prompts: Sequence[Sequence[Message]], responses: Sequence[str]) -> list[float]:
-        """Scores of responses as text, through this model's own template; old turns are dropped to fit."""
+    def score_text(
+        self, prompts: Sequence[Sequence[Message]], responses: Sequence[str], *,
+        count: Callable[[Work], None] | None = None,
+    ) -> list[float]:  # fmt: skip
+        """Scores of responses as text, through this model's own template; old turns are dropped to fit.
+
+        count: told the work of every microbatch.
+        """
         rows = []
         for messages, response in zip(prompts, responses, strict=True):
             answer = render_response(self.tokenizer, response)[: self.max_length - 8]
             fitted = fit_prompt(self.tokenizer, messages, self.max_length - len(answer))
             prompt = render_prompt(self.tokenizer, fitted or messages[-1:])[-(self.max_length - len(answer)) :]
             rows.append((prompt, answer))
-        return self.score_rows(rows)
+        return self.score_rows(rows, count)
 
-    def score_rows(self, rows: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[float]:
+    def score_rows(
+        self, rows: Sequence[tuple[Sequence[int], Sequence[int]]], count: Callable[[Work], None] | None = None
+    ) -> list[float]:
         """Scores of (prompt ids, response ids), in token-budget microbatches."""
         score_B = torch.zeros(len(rows))
         device = str(next(self.scalar.parameters()).device)
@@ -52,6 +60,8 @@ class RewardModel:
 
         for members, weight in world.passes([len(prompt) + len(response) for prompt, response in rows], cut):
             batch = token_batch([rows[i][0] for i in members], [rows[i][1] for i in members], device=device)
+            if count is not None:
+                count(self.scalar.work(batch))
             scores = self.score_ids(batch).cpu()
             if weight:
                 score_B[members] = scores

@@ -9,6 +9,7 @@ import torch
 from ppomax.data.batches import epoch_order
 from ppomax.engine.randomness import seeds_for, uniforms_for
 from ppomax.models.players import Policy
+from ppomax.monitor.clock import Clock
 from ppomax.rollout.sampler import Distribution, sample
 from ppomax.rollout.vllm import VLLM
 from ppomax.types import Prompt, Rollout
@@ -41,7 +42,8 @@ def repeated(indices: Sequence[int], samples: int) -> tuple[list[int], list[int]
 def collect(
     policy: Policy, prompts: Sequence[Prompt], prompt_ids: Sequence[tuple[int, ...]], indices: Sequence[int],
     *, samples: int, iteration: int, seed: int, limit: int, distribution: Distribution, eos_ids: Sequence[int],
-    max_rows: int, progress: Callable[[int], None] | None = None, part: slice = slice(None), engine: VLLM | None = None,
+    max_rows: int, progress: Callable[[int], None] | None = None, clock: Clock | None = None, part: slice = slice(None),
+    engine: VLLM | None = None,
 ) -> Rollout:  # fmt: skip
     """Sample `samples` responses of at most `limit` tokens for each of the given prompts; `part`: of some rows only.
 
@@ -52,8 +54,9 @@ def collect(
     if engine is None:
         uniforms_BR = uniforms_for(seed, iteration, rows, numbers, limit)
         sampled = sample(
-            policy, ids, uniforms_BR, distribution=distribution, eos_ids=eos_ids, max_rows=max_rows, progress=progress
-        )
+            policy, ids, uniforms_BR, distribution=distribution, eos_ids=eos_ids, max_rows=max_rows, progress=progress,
+            clock=clock,
+        )  # fmt: skip
     else:
         seeds = seeds_for(seed, iteration, rows, numbers)
         sampled = engine.sample(policy, ids, seeds, limit=limit, distribution=distribution, eos_ids=eos_ids)

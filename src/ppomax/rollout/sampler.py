@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
 
+from ppomax.models.flops import work_of
 from ppomax.models.players import Policy
+from ppomax.monitor.clock import Clock
 from ppomax.rollout.cache import preallocated_cache, row_index, select_rows, without
 
 
@@ -51,18 +54,21 @@ def sample(
     eos_ids: Sequence[int],
     max_rows: int,
     progress: Callable[[int], None] | None = None,
+    clock: Clock | None = None,
 ) -> list[Sampled]:
     """One response per entry of `prompts` (token ids; equal prompts are prefilled once).
 
     uniforms_BR: float32 [B, R] in [0, 1), R = length limit. max_rows: sequences side by side. progress: called with
-    the number of newly finished responses.
+    the number of newly finished responses. clock: told what prefill and decoding took.
     """
     order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), tuple(prompts[i])))
     results: list[Sampled | None] = [None] * len(prompts)
     with policy.decoding():
         for start in range(0, len(order), max_rows):
             rows = order[start : start + max_rows]
-            decoded = _decode(policy, [prompts[i] for i in rows], uniforms_BR[rows], distribution, set(eos_ids))
+            decoded = _decode(
+                policy, [prompts[i] for i in rows], uniforms_BR[rows], distribution, set(eos_ids), clock or Clock()
+            )
             for i, sampled in zip(rows, decoded, strict=True):
                 results[i] = sampled
             if progress is not None:
@@ -71,16 +77,34 @@ def sample(
 
 
 def _decode(
-    policy: Policy, prompts: list[Sequence[int]], uniforms_BR: Tensor, distribution: Distribution, eos: set[int]
-) -> list[Sampled]:
+    policy: Policy, prompts: list[Sequence[int]], uniforms_BR: Tensor, distribution: Distribution, eos: set[int],
+    clock: Clock,
+) -> list[Sampled]:  # fmt: skip
     device = next(policy.parameters()).device
     limit, width = uniforms_BR.shape[1], max(len(p) for p in prompts)
-    uniforms_BR = uniforms_BR.to(device)
     cache = preallocated_cache(policy.model.config.num_hidden_layers, width + limit)  # type: ignore[union-attr]
-    logits_BV, mask_BS, length_B, history = _prefill(policy, prompts, width, cache, device)
-    ids: list[list[int]] = [[] for _ in prompts]
-    logprobs: list[list[float]] = [[] for _ in prompts]
-    alive = list(range(len(prompts)))
+    cost = policy.costs.trunk + policy.costs.forward
+    distinct = {tuple(p) for p in prompts}
+    read = work_of(cost, ((0, len(p)) for p in distinct), slots=len(distinct) * width, places=len(distinct))
+    with clock("generate/prefill", read):
+        prefilled = _prefill(policy, prompts, width, cache, device)
+    with clock("generate/decode"):
+        sampled = _continue(policy, uniforms_BR.to(device), distribution, eos, cache, *prefilled)
+    # The last token of a response is drawn and not read.
+    spans = [(len(p), len(p) + len(s.ids) - 1) for p, s in zip(prompts, sampled, strict=True)]
+    clock.count("generate/decode", work_of(cost, spans, places=sum(len(s.ids) - 1 for s in sampled)))
+    return sampled
+
+
+def _continue(
+    policy: Policy, uniforms_BR: Tensor, distribution: Distribution, eos: set[int], cache: Any, logits_BV: Tensor,
+    mask_BS: Tensor, length_B: Tensor, history: Tensor | None,
+) -> list[Sampled]:  # fmt: skip
+    """Responses to prompts that are prefilled."""
+    B, limit = uniforms_BR.shape
+    ids: list[list[int]] = [[] for _ in range(B)]
+    logprobs: list[list[float]] = [[] for _ in range(B)]
+    alive = list(range(B))
     for r in range(limit):
         token_B, logprob_B = draw(logits_BV, uniforms_BR[alive, r], distribution, history)
         ended = []
@@ -93,7 +117,7 @@ def _decode(
             break
         if ended:
             keep = without(len(alive), ended)
-            index = row_index(keep, device)
+            index = row_index(keep, uniforms_BR.device)
             select_rows(cache, index)
             token_B, mask_BS, length_B = token_B[index], mask_BS[index], length_B[index]
             history = history[index] if history is not None else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import time
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,9 @@ import torch
 from ppomax import __version__
 from ppomax.config import DoctorConfig
 from ppomax.engine.durable import free_bytes
+from ppomax.engine.speed import TOKENS, copy_rate, model_shapes, peak_rate, product_rate
 from ppomax.models.embedded import cache_directory
-from ppomax.models.load import Compute, resolve_compute
+from ppomax.models.load import Compute, load_config, resolve_compute
 
 REQUIRED = ("torch", "transformers")
 # name: (what it is for, how to get it)
@@ -32,12 +32,17 @@ OPTIONAL = {
 }
 GIB = 2**30
 LITTLE_MEMORY, LITTLE_DISK = 8 * GIB, 8 * GIB
-SECONDS_PER_MEASUREMENT = 1.0
+SECONDS_PER_MEASUREMENT = 0.5
+DTYPES = ("float32", "bfloat16")
+# smollm2-135m, which need not be converted for this.
+EMBEDDED = {"hidden_size": 576, "intermediate_size": 1536, "vocab_size": 49152}
 
 
 def doctor(config: DoctorConfig) -> dict[str, Any]:
     """Findings: `packages` (name, version or None, purpose, install), `machine` (facts by name, in words), `numbers`
-    (what the facts are made from), `concerns` (sentences), and with `measure` GFLOP/s by dtype under `gflops`."""
+    (what the facts are made from), `concerns` (sentences). With `measure`, by dtype in GFLOP/s, `gflops`: the peak, and
+    `shapes`: a model's products, in the precisions that runs compute in; `copy_gbytes` of memory a second.
+    """
     compute = resolve_compute("auto", "auto")
     numbers = _numbers(compute)
     packages: list[dict[str, Any]] = [{"name": "ppomax", "version": __version__}]
@@ -50,8 +55,7 @@ def doctor(config: DoctorConfig) -> dict[str, Any]:
         "concerns": concerns(numbers),
     }
     if config.measure:
-        found["gflops"] = {name: matmul_gflops(getattr(torch, name), compute) for name in ("float32", "bfloat16")}
-        found["machine"]["matrix products"] = ", ".join(f"{n} {v:,.0f} GFLOP/s" for n, v in found["gflops"].items())
+        _measure(found, compute, config.model)
     return found
 
 
@@ -86,24 +90,26 @@ def concerns(numbers: dict[str, Any]) -> list[str]:
     return found
 
 
-def matmul_gflops(dtype: torch.dtype, compute: Compute) -> float:
-    """Speed of square matrix products in units of 1e9 floating-point operations (two per multiply-add) a second."""
-    size = 4096 if compute.device.type == "cuda" else 1024
-    a, b = (torch.randn(size, size, device=compute.device).to(dtype) for _ in range(2))
-    count, seconds = 0, 0.0
-    torch.mm(a, b)
-    _wait(compute)
-    start = time.perf_counter()
-    while seconds < SECONDS_PER_MEASUREMENT:
-        torch.mm(a, b)
-        _wait(compute)
-        count, seconds = count + 1, time.perf_counter() - start
-    return 2 * size**3 * count / seconds / 1e9
-
-
-def _wait(compute: Compute) -> None:
-    if compute.device.type == "cuda":
-        torch.cuda.synchronize(compute.device)
+def _measure(found: dict[str, Any], compute: Compute, model: str | None) -> None:
+    """Add what the machine reaches to the findings."""
+    device, seconds = compute.device, SECONDS_PER_MEASUREMENT
+    found["gflops"] = {n: (peak_rate(device, getattr(torch, n), seconds=seconds) or 0.0) / 1e9 for n in DTYPES}
+    found["shapes"] = {
+        dtype: {
+            name: product_rate(device, getattr(torch, dtype), shape, seconds=seconds / 5) / 1e9
+            for name, shape in model_shapes(EMBEDDED if model is None else load_config(model)).items()
+        }
+        for dtype in DTYPES
+        # Without instructions for it, a precision may be hundreds of times slower.
+        if getattr(torch, dtype) in (torch.float32, compute.dtype)
+    }
+    found["copy_gbytes"] = copy_rate(device, seconds=seconds) / 1e9
+    machine = found["machine"]
+    machine["matrix products"] = ", ".join(f"{name} {rate:,.1f} GFLOP/s" for name, rate in found["gflops"].items())
+    for dtype, rates in found["shapes"].items():
+        told = ", ".join(f"{name} {rate:,.1f}" for name, rate in rates.items())
+        machine[f"{model or 'smollm2-135m'}, {dtype}"] = f"{told} GFLOP/s ({TOKENS:,} tokens)"
+    machine["memory copies"] = f"{found['copy_gbytes']:,.1f} GB/s, reading and writing both counted"
 
 
 def _package(name: str, purpose: str, install: str) -> dict[str, Any]:
@@ -115,8 +121,7 @@ def _package(name: str, purpose: str, install: str) -> dict[str, Any]:
 
 
 def _numbers(compute: Compute) -> dict[str, Any]:
-    memory = psutil.virtual_memory()
-    limit, used = _container_memory()
+    memory, (limit, used) = psutil.virtual_memory(), _container_memory()
     return {
         "device": compute.device.type,
         "dtype": str(compute.dtype).removeprefix("torch."),
@@ -124,7 +129,7 @@ def _numbers(compute: Compute) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
         "load": os.getloadavg()[0],
-        "memory_total": min(memory.total, limit),
+        "memory_total": memory_total(),
         "memory_available": min(memory.available, limit - used),
         "disk_free": {str(path): free_bytes(path) for path in (cache_directory(), Path.cwd())},
         "smollm2_converted": (cache_directory() / "smollm2-135m-v1" / "config.json").exists(),
@@ -145,6 +150,11 @@ def _facts(compute: Compute, numbers: dict[str, Any]) -> dict[str, str]:
         "dtype auto": f"{numbers['dtype']}, because {where} {has} bfloat16 instructions",
         "smollm2-135m": f"{converted} ({cache_directory()})",
     }
+
+
+def memory_total() -> float:
+    """Bytes of memory that this machine, or the container, has."""
+    return min(psutil.virtual_memory().total, _container_memory()[0])
 
 
 def _container_memory() -> tuple[float, float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ from ppomax.models.load import Compute, load_causal_lm, load_scalar_lm, load_tok
 from ppomax.models.players import Policy, Scalar
 from ppomax.models.shard import loading, shard
 from ppomax.models.share import share_frozen, share_trunk
-from ppomax.rewards.callables import RewardFunction, function_name, load_function
+from ppomax.monitor.clock import Clock
+from ppomax.rewards.callables import RewardFunction, function_name, limited, load_function
 from ppomax.rewards.mixture import Term, is_function, parse_terms
 from ppomax.rewards.model import RewardModel
 from ppomax.stages.inputs import training_of
@@ -20,7 +21,10 @@ from ppomax.types import SetupError, TokenBatch
 
 @dataclass(frozen=True)
 class Players:
-    """Policy and critic (where there is one) are trained, reference and reward terms are frozen."""
+    """Policy and critic (where there is one) are trained, reference and reward terms are frozen.
+
+    clock: what each of them takes is written down there.
+    """
 
     policy: Policy
     reference: Policy
@@ -28,6 +32,7 @@ class Players:
     terms: list[Term]
     tokenizer: Any
     compute: Compute
+    clock: Clock = field(default_factory=Clock)
 
     @property
     def shares_trunk(self) -> bool:
@@ -36,7 +41,10 @@ class Players:
 
     def trunk(self, batch: TokenBatch) -> TokenBatch:
         """The batch with the common states filled in, where there are common layers."""
-        return batch.with_trunk(self.policy.trunk(batch)) if self.shares_trunk else batch
+        if not self.shares_trunk:
+            return batch
+        with self.clock("score/trunk", self.policy.trunk_work(batch)):
+            return batch.with_trunk(self.policy.trunk(batch))
 
 
 def load_players(config: PPOConfig, compute: Compute, tokenizer: Any, reward: RewardFunction | None) -> Players:
@@ -45,6 +53,11 @@ def load_players(config: PPOConfig, compute: Compute, tokenizer: Any, reward: Re
     terms = [Term(function_name(reward), 1.0, reward)] if reward is not None else load_terms(
         config.reward, tokenizer, compute, config.compute
     )  # fmt: skip
+    terms = [
+        t if isinstance(t.reward, RewardModel)
+        else replace(t, reward=limited(t.reward, config.reward_timeout, name=t.name))
+        for t in terms
+    ]  # fmt: skip
     trained = load_causal_lm(config.policy, loading(compute))
     policy = shard(Policy(trained, trained=True, **training_of(config.compute, config.seed)), compute, config.compute)
     critic = _load_critic(config, config.critic.init, compute, tokenizer, terms) if config.critic.init else None
@@ -66,7 +79,7 @@ def load_players(config: PPOConfig, compute: Compute, tokenizer: Any, reward: Re
         for term in terms:
             if critic is not None and isinstance(term.reward, RewardModel):
                 share_frozen(critic, term.reward.scalar)
-    return Players(policy, reference, critic, terms, tokenizer, compute)
+    return Players(policy, reference, critic, terms, tokenizer, compute, Clock(compute.device))
 
 
 def load_terms(specs: tuple[str, ...], tokenizer: Any, compute: Compute, config: ModelConfig) -> list[Term]:

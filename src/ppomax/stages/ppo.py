@@ -11,7 +11,7 @@ from ppomax.rewards.callables import RewardFunction, function_name
 from ppomax.rollout.collect import response_texts
 from ppomax.stages.buffer import joined, reread
 from ppomax.stages.estimate import estimate, seen
-from ppomax.stages.ppo_log import Clock, metrics_row, note, raise_alarms, sample_rows
+from ppomax.stages.ppo_log import metrics_row, note, raise_alarms, sample_rows
 from ppomax.stages.ppo_setup import prepare, state_of
 from ppomax.stages.scoring import plan_minibatches, score
 from ppomax.stages.session import Session, session
@@ -35,10 +35,11 @@ def ppo(
 def train(run: Session, config: PPOConfig, reward: RewardFunction | None) -> dict[str, Any]:
     """The loop: sample, score, shape, estimate, update, log, save."""
     job = prepare(run, config, reward)
+    clock = job.players.clock
     with run.progress(config.iterations, done=job.start, unit="iterations") as advance:
         for iteration in job.remaining():
-            clock = Clock()
             run.meet(f"iteration {iteration}")
+            clock.restart()
             with clock("generate"):
                 rollout = job.roll_out(iteration)
                 texts = response_texts(job.players.tokenizer, rollout)
@@ -63,7 +64,7 @@ def train(run: Session, config: PPOConfig, reward: RewardFunction | None) -> dic
                     ptx=job.ptx, steering=job.steering,
                 )  # fmt: skip
                 job.kept.append(scored)
-            row = metrics_row(iteration, config, scored, statistics, experience, rewards_BR, totals, texts, job, clock)
+            row = metrics_row(iteration, config, scored, statistics, experience, rewards_BR, totals, texts, job)
             if config.objective.penalty_target is not None:
                 row["distance_moved"] = distance_moved(job.players, experience, plan, config)
             row = world.of_first(row)  # what is decided from it is decided alike in all processes

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import math
 import resource
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,29 +26,9 @@ from ppomax.types import Experience, ScoredRollouts
 FAR = (0.5, 2.0)
 
 
-class Clock:
-    """Seconds by part of an iteration: `with clock("train"): ...`."""
-
-    def __init__(self) -> None:
-        self.started = time.perf_counter()
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
-        """Time a part."""
-        began = time.perf_counter()
-        yield
-        self.seconds[f"seconds/{part}"] = time.perf_counter() - began
-
-    def row(self) -> dict[str, float]:
-        """The parts, the rest, and the sum."""
-        total = time.perf_counter() - self.started
-        return {**self.seconds, "seconds/other": total - sum(self.seconds.values()), "seconds/total": total}
-
-
 def metrics_row(
     iteration: int, config: PPOConfig, scored: ScoredRollouts, statistics: TokenStatistics, experience: Experience,
-    rewards_BR: Tensor, totals: Totals, texts: list[str], job: Job, clock: Clock,
+    rewards_BR: Tensor, totals: Totals, texts: list[str], job: Job,
 ) -> dict[str, Any]:  # fmt: skip
     """One row of metrics.jsonl. All token statistics are over counted tokens."""
     rollout, mask = scored.rollout, scored.rollout.mask_BR
@@ -102,7 +79,8 @@ def metrics_row(
         columns = shared_columns([p.columns for p in rollout.prompts])
         judged, _ = call(job.judge, [p.messages for p in rollout.prompts], texts, columns, name="judge")
         row["gold_mean"] = sum(judged) / B
-    return {**row, **clock.row()}
+    row |= job.players.clock.row()
+    return {**row, "tokens_per_second": row["tokens/generated"] / row["seconds/total"]}
 
 
 def sampler_gap(behaviour_BR: Tensor, old_BR: Tensor, mask: Tensor) -> dict[str, float]:

@@ -19,9 +19,10 @@ from ppomax.engine import world
 from ppomax.engine.averaging import MovingAverage
 from ppomax.engine.durable import disk_errors
 from ppomax.engine.optimiser import Optimiser
+from ppomax.engine.speed import model_shapes, peak_rate
 from ppomax.models.load import load_tokenizer
 from ppomax.monitor.log import append_samples, read_metrics
-from ppomax.rewards.callables import RewardFunction, load_function
+from ppomax.rewards.callables import RewardFunction, limited, load_function
 from ppomax.rewards.model import RewardModel
 from ppomax.rl.convergence import has_converged
 from ppomax.rl.kl import adaptive_coefficient, penalty_coefficient
@@ -48,6 +49,7 @@ from ppomax.stages.update import Optimisers, Steering, schedule_position
 from ppomax.types import Prompt, Rollout, ScoredRollouts, SetupError
 
 SAMPLES_KEPT = 8
+START_WORDS = ("reward", "policy")
 
 
 @dataclass
@@ -87,8 +89,8 @@ class Job:
             self.players.policy, self.prompts, self.prompt_ids, self.prompts_of(iteration),
             samples=config.samples_per_prompt, iteration=iteration, seed=config.seed,
             limit=config.sampling.max_new_tokens, distribution=self.distribution, eos_ids=self.eos_ids,
-            max_rows=config.sampling.max_rows, part=slice(*bounds[world.rank() : world.rank() + 2]),
-            engine=self.engine,
+            max_rows=config.sampling.max_rows, clock=self.players.clock,
+            part=slice(*bounds[world.rank() : world.rank() + 2]), engine=self.engine,
         ))  # fmt: skip
 
     @property
@@ -185,7 +187,7 @@ def prepare(run: Session, config: PPOConfig, reward: RewardFunction | None) -> J
     compute = compute_of(config.compute)
     if config.sampling.engine == "vllm":  # whether it is there, before anything is read
         vllm_for(compute)
-    judge = load_function(config.judge) if config.judge else None
+    judge = limited(load_function(config.judge), config.reward_timeout, name="judge") if config.judge else None
     specs = required(config.prompts, "prompts", "prompts to answer")
     tokenizer = load_tokenizer(config.policy, config.compute.chat_template)
     read = fitted_prompts(tokenizer, specs, config.max_prompt_tokens)
@@ -193,6 +195,8 @@ def prepare(run: Session, config: PPOConfig, reward: RewardFunction | None) -> J
     prompts, prompt_ids = [read.prompts[i] for i in order], [read.ids[i] for i in order]
     ptx, ptx_report = _read_ptx(tokenizer, config)
     players = load_players(config, compute, tokenizer, reward)
+    shapes = model_shapes(players.policy.base.config.to_dict())
+    players.clock.peak = peak_rate(compute.device, compute.dtype, shapes.values())
     longest = max(map(len, prompt_ids)) + config.sampling.max_new_tokens
     for role, player in (("policy", players.policy), ("critic", players.critic)):
         if player is not None:
@@ -209,10 +213,8 @@ def prepare(run: Session, config: PPOConfig, reward: RewardFunction | None) -> J
     run.rehearse(_state_bytes(optimisers))
     run.describe(data_card(read.report, {"prompts": Part(read.prompts, [*map(len, read.ids)])}, fitted=read.fitted))
     models = [term.reward.name for term in players.terms if isinstance(term.reward, RewardModel)]
-    restored = run.restore(
-        frozen=[config.policy, *([config.reference] if config.reference else []), *models],
-        empty=lambda: _empty_state(optimisers),
-    )
+    starts = [config.policy, config.reference, config.critic.init if config.critic.init not in START_WORDS else None]
+    restored = run.restore(frozen=[*filter(None, starts), *models], empty=lambda: _empty_state(optimisers))
     if restored is not None:
         _restore(job, *restored)
         job.history = [row for row in read_metrics(run.run.metrics) if row["iteration"] < job.start]

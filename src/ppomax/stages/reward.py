@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -24,16 +25,18 @@ from ppomax.models.load import (
 from ppomax.models.players import Scalar
 from ppomax.models.shard import loading, shard
 from ppomax.models.trunk import trunk_states
+from ppomax.monitor.clock import step_row
 from ppomax.monitor.log import without_nan
 from ppomax.rl.objectives import nll_loss
 from ppomax.rl.preference import ranking_accuracy, ranking_loss
 from ppomax.stages.inputs import RankedTokens, compute_of, context_limit, trained_of, training_of
+from ppomax.stages.nonfinite import NONFINITE_IN_A_ROW, failed_step, failures_after
 from ppomax.stages.reward_data import reward_rows
 from ppomax.stages.reward_report import heldout_summary, judged_pairs, sample_rows, write_samples
 from ppomax.stages.reward_scoring import expect_comparable, passes, picked, score_pairs, score_rows, scores_by
 from ppomax.stages.session import Session, session
-from ppomax.stages.sft import adamw, rate, schedule
-from ppomax.types import DataError, SetupError
+from ppomax.stages.sft import adamw, of_all, rate, schedule
+from ppomax.types import DataError, SetupError, Work
 
 
 def reward(config: RewardConfig, *, resume: bool = False, fresh: bool = False) -> dict[str, Any]:
@@ -82,10 +85,10 @@ def _train(run: Session, config: RewardConfig) -> dict[str, Any]:
     run.rehearse(size)
     run.describe(data.card)
     restored = run.restore(frozen=[config.model], empty=optimiser.empty_state)
-    start = 0
+    start = failures = 0
     if restored is not None:
         optimiser.load_state_tensors(restored[0])
-        start = int(restored[1]["step"]) + 1
+        start, failures = int(restored[1]["step"]) + 1, restored[1].get("failures", 0)
     # States that are read once are not worth keeping.
     states = _states(model, rows, config.compute.tokens_per_microbatch) if steps > len(first) else None
     held_states = _states(model, heldout, config.compute.tokens_per_microbatch)
@@ -94,11 +97,11 @@ def _train(run: Session, config: RewardConfig) -> dict[str, Any]:
         for step in range(start, steps):
             epoch, members = batches[step]
             began = time.perf_counter()
-            row = _step(
+            row, work = _step(
                 model, optimiser, [rows[i] for i in members], picked(states, members), config,
                 learning_rate(step, steps, **rate(config.optim)),
             )  # fmt: skip
-            row = {"step": step, "epoch": epoch, **row, "seconds": time.perf_counter() - began}
+            row = {"step": step, "epoch": epoch, **row, **step_row(work, time.perf_counter() - began)}
             if heldout and (step % config.eval_every == 0 or step == steps - 1):
                 scores = score_rows(model, heldout, held_states, config.compute.tokens_per_microbatch)
                 judged = judged_pairs(heldout, scores)
@@ -106,8 +109,12 @@ def _train(run: Session, config: RewardConfig) -> dict[str, Any]:
                 row["heldout_accuracy"] = sum(pair.right for pair in judged) / len(judged)
                 row["heldout_loss"] = float(-nn.functional.logsigmoid(margins).mean())
             run.append(row)
+            failures = failures_after(failures, [row["grad_norm"]])
+            if failures >= NONFINITE_IN_A_ROW:
+                raise failed_step(step, optimiser, [asdict(rows[i]) for i in members])
             advance(note=f"loss {row['ranking_loss']:.3f}, accuracy {row['accuracy']:.2f}")
-            run.checkpoint(step, step == steps - 1, lambda: (optimiser.state_tensors(), {}))
+            state = {"failures": failures}
+            run.checkpoint(step, step == steps - 1, lambda state=state: (optimiser.state_tensors(), state))
     summary: dict[str, Any] = {"prompts": len(rows), "pairs": sum(len(row.pairs) for row in rows), "steps": steps}
     if data.judged:
         budget = config.compute.tokens_per_microbatch
@@ -156,16 +163,18 @@ def _batches(rows: Sequence[RankedTokens], config: RewardConfig, steps: int) -> 
 def _step(
     model: Scalar, optimiser: Optimiser, batch: Sequence[RankedTokens], states: Sequence[list[Tensor]] | None,
     config: RewardConfig, lr: float,
-) -> dict[str, float]:  # fmt: skip
-    """One optimiser step. Every prompt weighs the same, however many pairs it has."""
+) -> tuple[dict[str, float], Work]:  # fmt: skip
+    """One optimiser step, and the work that it was. Every prompt weighs the same, however many pairs it has."""
+    work: list[Work] = []
     lm_tokens = sum(len(row.responses[i]) for row in batch for i in row.best)
     pairs = sum(len(row.pairs) for row in batch)
     totals = {"ranking_loss": 0.0, "lm_loss": 0.0, "accuracy": 0.0}
     for members, weight in passes(model, batch, config.compute.tokens_per_microbatch):
         rows = [batch[i] for i in members]
         chosen_B, rejected_B, lm = score_pairs(
-            model, rows, picked(states, members), with_lm=config.lm_weight is not None
+            model, rows, picked(states, members), with_lm=config.lm_weight is not None, count=work.append
         )
+        work[-1] = work[-1].needed(weight)
         weight_B = torch.tensor([1.0 / len(row.pairs) for row in rows for _ in row.pairs], device=chosen_B.device)
         gaps = [gap or 0.0 for row in rows for gap in row.gaps]
         margin_B = (config.margin or 0.0) * torch.tensor(gaps, device=chosen_B.device)
@@ -186,7 +195,8 @@ def _step(
     loss_value = config.ranking_weight * totals["ranking_loss"] + (config.lm_weight or 0.0) * totals["lm_loss"]
     if config.lm_weight is None:
         del totals["lm_loss"]
-    return {"loss": loss_value, **totals, "lr": lr, "grad_norm": optimiser.step(lr), "pairs": float(pairs)}
+    row = {"loss": loss_value, **totals, "lr": lr, "grad_norm": optimiser.step(lr), "pairs": float(pairs)}
+    return row, of_all(sum(work, Work()))
 
 
 def _states(model: Scalar, rows: Sequence[RankedTokens], budget: int) -> list[list[Tensor]] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -15,13 +15,21 @@ from ppomax.models.load import Compute, load_scalar_lm, load_tokenizer, same_voc
 from ppomax.models.players import Scalar, at_end, response_mask
 from ppomax.models.trunk import with_states
 from ppomax.stages.inputs import RankedTokens
-from ppomax.types import SetupError, token_batch
+from ppomax.types import SetupError, Work, token_batch
 
 
 def score_pairs(
-    model: Scalar, rows: Sequence[RankedTokens], states: Sequence[list[Tensor]] | None, *, with_lm: bool
+    model: Scalar,
+    rows: Sequence[RankedTokens],
+    states: Sequence[list[Tensor]] | None,
+    *,
+    with_lm: bool,
+    count: Callable[[Work], None] | None = None,
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-    """Both sides' scores of every pair, each response read once, and the best responses' log-probs with their mask."""
+    """Both sides' scores of every pair, each response read once, and the best responses' log-probs with their mask.
+
+    count: told the work of a training pass.
+    """
     device = str(next(model.parameters()).device)
     sequences = [(row.prompt, response) for row in rows for response in row.responses]
     batch = token_batch([p for p, _ in sequences], [r for _, r in sequences], device=device)
@@ -30,6 +38,8 @@ def score_pairs(
     if with_lm:
         best = torch.tensor([i in row.best for row in rows for i in range(len(row.responses))], device=device)
         lm_mask_BT = response_mask(batch) & best[:, None]
+    if count is not None:
+        count(model.work(batch, training=True, places=0 if lm_mask_BT is None else int(lm_mask_BT.sum())))
     out = model(batch, lm_mask_BT=lm_mask_BT)
     scores = at_end(out.values_BT, batch)
     chosen, rejected, offset = [], [], 0

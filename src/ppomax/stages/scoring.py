@@ -10,11 +10,11 @@ from torch import Tensor
 
 from ppomax.data.batches import epoch_order
 from ppomax.engine import world
-from ppomax.models.players import at_end, at_responses
+from ppomax.models.players import Player, at_end, at_responses
 from ppomax.rewards.mixture import score_texts, weighted_sum
 from ppomax.rewards.model import RewardModel
 from ppomax.stages.players import Players
-from ppomax.types import Rollout, ScoredRollouts, TokenBatch, token_batch
+from ppomax.types import Rollout, ScoredRollouts, TokenBatch, Work, token_batch
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,10 @@ class Microbatch:
     batch: TokenBatch
     counts: bool = True
 
+    def work(self, player: Player, *, training: bool = False) -> Work:
+        """What this pass through a player has to do."""
+        return player.work(self.batch, training=training).needed(self.counts)
+
 
 @dataclass(frozen=True)
 class Minibatch:
@@ -36,6 +40,12 @@ class Minibatch:
 
     rows: tuple[int, ...]
     micros: tuple[Microbatch, ...]
+
+    def in_passes(self) -> tuple[list[int], list[int]]:
+        """Its rows as they are read, and how many in each pass; where processes share them, one by one."""
+        if world.size() > 1:
+            return list(self.rows), [1] * len(self.rows)
+        return [i for micro in self.micros for i in micro.rows], [len(micro.rows) for micro in self.micros]
 
     def moved(self, offset: int) -> Minibatch:
         """The same rows of a rollout that stands below `offset` others."""
@@ -123,13 +133,14 @@ class Readings:
 @torch.no_grad()
 def read(players: Players, rollout: Rollout, plan: list[Minibatch], *, temperature: float, full_kl: bool) -> Readings:
     """Policy and critic, as they are now, on a rollout. Each process reads its rows, and all know the whole."""
-    B, R = rollout.response_ids_BR.shape
+    (B, R), clock = rollout.response_ids_BR.shape, players.clock
     logprobs, entropy, plain, values, exact_kl = (torch.zeros(B, R) for _ in range(5))
     after_B = torch.zeros(B)
     for micro in (m for group in plan for m in group.micros):
         index, width = torch.tensor(micro.rows), micro.batch.response_width
         against = players.reference if full_kl else None
-        scores = players.policy(micro.batch, temperature=temperature, statistics=True, against=against)
+        with clock("score/policy", micro.work(players.policy)):
+            scores = players.policy(micro.batch, temperature=temperature, statistics=True, against=against)
         for target, source in (
             (logprobs, scores.logprobs_BT),
             (entropy, scores.entropy_BT),
@@ -139,7 +150,8 @@ def read(players: Players, rollout: Rollout, plan: list[Minibatch], *, temperatu
             if source is not None and micro.counts:
                 target[index, :width] = at_responses(source, micro.batch).cpu()
         if players.critic is not None:
-            values_BT = players.critic(micro.batch).values_BT
+            with clock("score/critic", micro.work(players.critic)):
+                values_BT = players.critic(micro.batch).values_BT
             if micro.counts:
                 values[index, :width] = at_responses(values_BT, micro.batch, before=True).cpu()
                 after_B[index] = at_end(values_BT, micro.batch).cpu()
@@ -153,19 +165,22 @@ def score(
     bootstrap: bool, full_kl: bool = False,
 ) -> tuple[ScoredRollouts, TokenStatistics]:  # fmt: skip
     """Old, reference and critic readings and every reward term of a rollout; nothing is shaped yet."""
-    components, dense_BR = score_texts(players.terms, rollout, texts)
+    clock = players.clock
+    components, dense_BR = score_texts(players.terms, rollout, texts, clock)
     readers = [t for t in players.terms if isinstance(t.reward, RewardModel) and t.reward.reads_ids]
     read_B = {term.name: torch.zeros(len(rollout)) for term in readers}
     now = read(players, rollout, plan, temperature=temperature, full_kl=full_kl)
     reference_BR = torch.zeros_like(now.logprobs_BR)
     for micro in (m for group in plan for m in group.micros):
         index, width = torch.tensor(micro.rows), micro.batch.response_width
-        logprobs_BT = players.reference(micro.batch, temperature=temperature).logprobs_BT
+        with clock("score/reference", micro.work(players.reference)):
+            logprobs_BT = players.reference(micro.batch, temperature=temperature).logprobs_BT
         if micro.counts:
             reference_BR[index, :width] = at_responses(logprobs_BT, micro.batch).cpu()
         for term in readers:
             assert isinstance(term.reward, RewardModel)
-            score_B = term.reward.score_ids(micro.batch).cpu()
+            with clock(term.part, micro.work(term.reward.scalar)):
+                score_B = term.reward.score_ids(micro.batch).cpu()
             if micro.counts:
                 read_B[term.name][index] = score_B
     world.fill(reference_BR, *read_B.values())

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
@@ -18,13 +20,20 @@ from rich.console import Console
 from torch import Tensor
 
 from ppomax.config import PPOConfig, RewardConfig, SaveConfig, Schema, SFTConfig
-from ppomax.config.layers import plain
+from ppomax.config.layers import nearest, plain
 from ppomax.engine import world
-from ppomax.engine.checkpoint import dry_run, latest_checkpoint, load_checkpoint, save_checkpoint
-from ppomax.engine.durable import disk_errors, write_json_atomic
+from ppomax.engine.checkpoint import (
+    checkpoint_number,
+    checkpoints,
+    dry_run,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from ppomax.engine.durable import disk_errors, sync_folder, write_json_atomic
 from ppomax.engine.rundir import Run, open_run, save_final
-from ppomax.errors import Interrupted
-from ppomax.monitor.log import MetricsLog, drop_rows_after
+from ppomax.errors import Interrupted, NonFiniteError, SaveError
+from ppomax.monitor.log import MetricsLog, drop_rows_after, read_metrics, unbroken_rows
 from ppomax.monitor.progress import Advance, progress
 from ppomax.monitor.report import write_report
 from ppomax.stages.inputs import expect_same_weights, weights_hash
@@ -32,8 +41,14 @@ from ppomax.types import SetupError
 
 # Settings that may differ between a run and its resumption: they do not change the result.
 NEUTRAL = (
-    "run_dir", "save", "fresh", "compute.device", "compute.shard", "compute.offload", "compute.wait_minutes"
+    "run_dir", "save", "fresh", "reward_timeout",
+    "compute.device", "compute.shard", "compute.offload", "compute.wait_minutes",
 )  # fmt: skip
+NONFINITE = "nonfinite"
+
+# What a stopped run ends with: 130 as shells expect of Ctrl-C; 0 for a scheduler, to which anything else is a failure.
+_EXIT = {signal.SIGINT: 130, signal.SIGTERM: 0}
+_GO_ON = "To go on: the same command with --resume (quickstart: the same command)"
 
 TrainingConfig: TypeAlias = SFTConfig | RewardConfig | PPOConfig
 
@@ -46,7 +61,7 @@ class Session:
     save: SaveConfig
     unit: str
     started: float = field(default_factory=time.monotonic)
-    stop_requested: bool = False
+    stop_requested: signal.Signals | None = None
     earlier_seconds: float = 0.0
     frozen: dict[str, str] = field(default_factory=dict)
     console: Console = field(default_factory=lambda: Console(stderr=True, highlight=False, quiet=not world.is_first()))
@@ -84,11 +99,7 @@ class Session:
         empty: tensors, sharded as the run has them, that several processes read the checkpoint's into.
         """
         self.frozen = world.first(lambda: {name: weights_hash(name) for name in frozen})
-        path, problems = world.first(lambda: latest_checkpoint(self.run.checkpoints))
-        for problem in problems:
-            self.console.print(f"passed over a damaged checkpoint: {problem}", style="yellow", markup=False)
-        if path is None and problems:
-            raise SetupError(f"{self.run.checkpoints}: no checkpoint is intact; start over with --fresh")
+        path = world.first(self._newest)
         last = -1
         restored = None
         if path is not None:
@@ -112,6 +123,21 @@ class Session:
         """The run's progress bar."""
         return progress(self.run.verb, total, done=done, unit=unit, quiet=not world.is_first())
 
+    def _newest(self) -> Path | None:
+        """The newest intact checkpoint up to which the log is whole; what is passed over is said."""
+        rows = unbroken_rows(self.run.metrics)
+        beyond = [p.name for p in checkpoints(self.run.checkpoints) if checkpoint_number(p) >= rows]
+        path, problems = latest_checkpoint(self.run.checkpoints, at_most=rows - 1)
+        if beyond:
+            problems = [f"{self.run.metrics}: found {rows} rows, fewer than {', '.join(beyond)} had", *problems]
+        for problem in problems:
+            said = f"passed over a damaged checkpoint: {problem}"
+            self.console.print(said, style="yellow", markup=False, soft_wrap=True)
+        if path is None and problems:
+            cause = "the log ends before any intact checkpoint; restore it or" if beyond else "no checkpoint is intact;"
+            raise SetupError(f"{self.run.checkpoints}: {cause} start over with --fresh")
+        return path
+
     def seconds(self) -> float:
         """Seconds of work so far, earlier parts of a resumed run included."""
         return self.earlier_seconds + time.monotonic() - self.started
@@ -121,18 +147,43 @@ class Session:
     ) -> None:
         """Save after `number` if it is due; after an interruption, save and raise Interrupted."""
         due = (number + 1) % self.save.every == 0 or last
-        stop = world.any_of(self.stop_requested)
+        stop = int(world.largest(self.stop_requested or 0))
         if not due and not stop:
             return
         self.meet(f"checkpoint of {self.unit} {number}")
         tensors, values = state()
         values = {**values, self.unit: number, "seconds": self.seconds(), "frozen": self.frozen}
-        save_checkpoint(self.run.checkpoints, f"{self.unit}-{number}", tensors, values, keep=self.save.keep)
+        name = f"{self.unit}-{number}"
+        spare: list[str] = []
+        if world.is_first():
+            self._sync_rows()
+            spare = self._best([name])
+        save_checkpoint(self.run.checkpoints, name, tensors, values, keep=self.save.keep, spare=spare)
         if stop and not last:
             raise Interrupted(
-                f"stopped after {self.unit} {number} and saved in {self.run.checkpoints}. "
-                "To go on: the same command with --resume (quickstart: the same command)"
+                f"stopped after {self.unit} {number} and saved in {self.run.checkpoints}. {_GO_ON}",
+                code=_EXIT[signal.Signals(stop)],
             )
+
+    def _sync_rows(self) -> None:
+        if self.log is not None:
+            with disk_errors(self.run.metrics):
+                self.log.sync()
+        if self.run.samples.exists():
+            with disk_errors(self.run.samples):
+                sync_folder(self.run.samples)
+
+    def _best(self, new: Sequence[str]) -> list[str]:
+        """The checkpoint with the best `save.keep_best`, among those on the disk and the new one."""
+        if self.save.keep_best is None:
+            return []
+        key, sign = self.save.keep_best.removeprefix("-"), -1 if self.save.keep_best.startswith("-") else 1
+        rows = {row[self.unit]: row.get(key) for row in read_metrics(self.run.metrics)}
+        names = {*new, *(path.name for path in checkpoints(self.run.checkpoints))}
+        judged = [
+            (sign * value, name) for name in names if (value := rows.get(checkpoint_number(Path(name)))) is not None
+        ]
+        return [max(judged)[1]] if judged else []
 
     def finish(self, export: Callable[[Path], None], summary: Mapping[str, Any]) -> dict[str, Any]:
         """Write final/, summary.json and report.html."""
@@ -156,6 +207,10 @@ class Session:
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Write one row of measurements; `restore` has opened the log."""
+        best = (self.save.keep_best or "").removeprefix("-")
+        if best and row[self.unit] == 0 and not isinstance(row.get(best), int | float):
+            known = sorted(key for key, value in row.items() if isinstance(value, int | float))
+            raise SetupError(f"save.keep_best: found {best!r}{nearest(best, known)} Known here: {', '.join(known)}")
         if not world.is_first():
             return
         assert self.log is not None
@@ -202,7 +257,7 @@ def opened_run(
 def _begun(run: Run) -> bool:
     measured = run.metrics.exists() and run.metrics.stat().st_size > 0
     saved = run.checkpoints.is_dir() and any(run.checkpoints.iterdir())
-    return measured or saved or any(path.exists() for path in (run.final, run.samples, run.summary))
+    return measured or saved or any(p.exists() for p in (run.final, run.samples, run.summary, run.path / NONFINITE))
 
 
 @contextmanager
@@ -217,18 +272,38 @@ def session(verb: str, config: TrainingConfig, *, unit: str, resume: bool, fresh
         try:
             with _asking_to_stop(current):
                 yield current
+        except NonFiniteError as error:
+            raise _kept(current, error) from error
         finally:
             current.close()
 
 
+def _kept(current: Session, error: NonFiniteError) -> NonFiniteError:
+    """Save the batch beside the run for `ppomax replay`; returns the error that says so."""
+    number = int(error.state[current.unit])
+    try:
+        path = save_checkpoint(
+            current.run.path / NONFINITE, f"{current.unit}-{number}", error.tensors, error.state, keep=1
+        )  # fmt: skip
+        said = f"The batch is in {path}; to look into it: ppomax replay {current.run.path}"
+    except SaveError as failure:
+        said = f"The batch could not be kept: {failure}"
+    return NonFiniteError(f"{error}. {said}", error.tensors, error.state)
+
+
 @contextmanager
 def _asking_to_stop(current: Session) -> Iterator[None]:
+    """The first signal asks for a save. A second one, or the end of SIGTERM's grace, stops at once."""
+    over = threading.Event()
+
     def ask(number: int, frame: FrameType | None) -> None:
         if current.stop_requested:
             raise KeyboardInterrupt
-        current.stop_requested = True
+        current.stop_requested = signal.Signals(number)
         warning = f"\nstopping: finishing this {current.unit}, then saving (again: stop at once)"
         current.console.print(warning, style="yellow")
+        if number == signal.SIGTERM and current.save.grace is not None:
+            threading.Thread(target=_end_of_grace, args=(current.save.grace, over), daemon=True).start()
 
     handlers = {}
     try:
@@ -238,6 +313,19 @@ def _asking_to_stop(current: Session) -> Iterator[None]:
             except ValueError:  # not in the main thread: the caller's handlers stay
                 break
         yield
+    except KeyboardInterrupt:
+        if current.stop_requested != signal.SIGTERM:
+            raise
+        raise Interrupted(
+            f"stopped at once; nothing after the last checkpoint in {current.run.checkpoints} is kept. {_GO_ON}",
+            code=_EXIT[signal.SIGTERM],
+        ) from None
     finally:
+        over.set()
         for number, handler in handlers.items():
             signal.signal(number, handler)
+
+
+def _end_of_grace(seconds: float, over: threading.Event) -> None:
+    if not over.wait(seconds):
+        os.kill(os.getpid(), signal.SIGTERM)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -20,10 +21,12 @@ from ppomax.models.load import export, load_causal_lm, load_tokenizer
 from ppomax.models.players import Policy
 from ppomax.models.shard import loading, shard
 from ppomax.models.trunk import trunk_states, with_states
+from ppomax.monitor.clock import step_row
 from ppomax.rl.objectives import nll_loss
 from ppomax.stages.inputs import Tokens, compute_of, context_limit, dialogue_tokens, required, trained_of, training_of
+from ppomax.stages.nonfinite import NONFINITE_IN_A_ROW, failed_step, failures_after
 from ppomax.stages.session import Session, session
-from ppomax.types import TokenBatch, token_batch
+from ppomax.types import TokenBatch, Work, token_batch
 
 
 def sft(config: SFTConfig, *, resume: bool = False, fresh: bool = False) -> dict[str, Any]:
@@ -63,10 +66,10 @@ def _train(run: Session, config: SFTConfig) -> dict[str, Any]:
     parts = {"learn": Part(learn, _lengths(rows)), "heldout": Part(held, _lengths(heldout))}
     run.describe(data_card(report, parts, fitted=cut))
     restored = run.restore(frozen=[config.model], empty=optimiser.empty_state)
-    start = 0
+    start = failures = 0
     if restored is not None:
         optimiser.load_state_tensors(restored[0])
-        start = int(restored[1]["step"]) + 1
+        start, failures = int(restored[1]["step"]) + 1, restored[1].get("failures", 0)
     budget = config.compute.tokens_per_microbatch
     # States that are read once are not worth keeping.
     states = trunk_states(policy, *_split(rows), budget=budget) if steps > per_epoch else None
@@ -76,16 +79,20 @@ def _train(run: Session, config: SFTConfig) -> dict[str, Any]:
             order = epoch_order(len(rows), seed=config.seed, epoch=epoch)
             members = order[within * config.batch_size : (within + 1) * config.batch_size]
             began = time.perf_counter()
-            loss = _step(
+            loss, work = _step(
                 policy, optimiser, [rows[i] for i in members], None if states is None else [states[i] for i in members],
                 budget, learning_rate(step, steps, **rate(config.optim)),
             )  # fmt: skip
-            row = {"step": step, "epoch": epoch, **loss, "seconds": time.perf_counter() - began}
+            row = {"step": step, "epoch": epoch, **loss, **step_row(work, time.perf_counter() - began)}
             if heldout and (step % config.eval_every == 0 or step == steps - 1):
                 row["heldout_loss"] = mean_nll(policy, heldout, budget)
             run.append(row)
+            failures = failures_after(failures, [loss["grad_norm"]])
+            if failures >= NONFINITE_IN_A_ROW:
+                raise failed_step(step, optimiser, [asdict(rows[i]) for i in members])
             advance(note=f"loss {loss['loss']:.3f}")
-            run.checkpoint(step, step == steps - 1, lambda: (optimiser.state_tensors(), {}))
+            state = {"failures": failures}
+            run.checkpoint(step, step == steps - 1, lambda state=state: (optimiser.state_tensors(), state))
     summary = {
         "rows": len(rows),
         "steps": steps,
@@ -101,17 +108,24 @@ def _step(
     states: Sequence[Tensor] | None,
     budget: int,
     lr: float,
-) -> dict[str, float]:
+) -> tuple[dict[str, float], Work]:
+    """One optimiser step, and the work that it was."""
     denom = sum(sum(row.mask[1:]) for row in batch)
-    total = 0.0
+    total, work = 0.0, Work()
     for group, weight in passes(policy, batch, budget):
         tokens, mask_BT = packed([batch[i] for i in group], device=str(next(policy.parameters()).device))
         tokens = with_states(tokens, None if states is None else [states[i] for i in group])
+        work += policy.work(tokens, training=True, places=int(mask_BT.sum())).needed(weight)
         loss = weight * nll_loss(policy(tokens, mask_BT=mask_BT).logprobs_BT, mask_BT, denom=denom)
         loss.backward()
         total += float(loss.detach())
     total = world.summed({"loss": total})["loss"]
-    return {"loss": total, "lr": lr, "grad_norm": optimiser.step(lr), "tokens": float(denom)}
+    return {"loss": total, "lr": lr, "grad_norm": optimiser.step(lr), "tokens": float(denom)}, of_all(work)
+
+
+def of_all(work: Work) -> Work:
+    """The work of all processes."""
+    return Work(*map(int, world.summed(asdict(work)).values()))
 
 
 @torch.no_grad()

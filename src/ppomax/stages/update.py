@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import torch
 from torch import Tensor
@@ -14,10 +14,11 @@ from ppomax.data.batches import epoch_order
 from ppomax.engine import world
 from ppomax.engine.averaging import MovingAverage
 from ppomax.engine.optimiser import Optimiser, learning_rate
-from ppomax.models.players import at_responses
+from ppomax.models.players import Scalar, at_responses
 from ppomax.rl.objectives import nll_loss, ratio_statistics, value_loss
 from ppomax.rl.shaping import normalise_advantages
 from ppomax.stages.inputs import Tokens
+from ppomax.stages.nonfinite import NONFINITE_IN_A_ROW, failed_update, failures_after
 from ppomax.stages.objective import policy_loss
 from ppomax.stages.players import Players
 from ppomax.stages.scoring import Microbatch, Minibatch
@@ -26,7 +27,6 @@ from ppomax.stages.trust_region import trust_region_step
 from ppomax.types import Experience
 
 WHITEN_EPS = 1e-8
-NONFINITE_IN_A_ROW = 5
 
 
 @dataclass
@@ -75,11 +75,13 @@ class Optimisers:
 
 @dataclass
 class Steering:
-    """What moves between iterations: η, β, and how many iterations the critic's pre-training took (None: not over)."""
+    """What moves between iterations: η, β, how many iterations the critic's pre-training took (None: not over), and
+    how many steps in a row had no finite gradient."""
 
     kl: float
     penalty: float
     pretrained: int | None = None
+    failures: int = 0
 
     @classmethod
     def start(cls, config: PPOConfig) -> Steering:
@@ -100,7 +102,7 @@ def update(
     pretraining = steering.pretraining(iteration, config)
     epochs = config.critic.pretrain_epochs if pretraining else config.epochs
     first, total = schedule_position(config, steering, iteration)
-    totals, failures = Totals(), 0
+    totals = Totals()
     for epoch in range(epochs):
         for number, which in enumerate(epoch_order(len(plan), seed=config.seed, epoch=iteration * epochs + epoch)):
             step = first + epoch * len(plan) + number
@@ -111,16 +113,18 @@ def update(
                 return totals
             if ptx and config.ptx_weight is not None and not pretraining:
                 _backward_ptx(players, ptx, step, config, totals)
-            norms = _step(players, optimisers, experience, plan[which], config, pretraining, step, total, totals)
+            with players.clock("train/step"):
+                norms = _step(players, optimisers, experience, plan[which], config, pretraining, step, total, totals)
             totals.steps += 1
-            finite = all(map(math.isfinite, norms))
-            failures = 0 if finite else failures + 1
-            totals.skipped += not finite
-            if failures >= NONFINITE_IN_A_ROW:
-                raise FloatingPointError(
-                    f"iteration {iteration}: the gradient was not finite in {failures} steps in a row; nothing was "
-                    "changed by them. Lower the learning rate, or look at the scores in metrics.jsonl"
-                )
+            steering.failures = failures_after(steering.failures, norms)
+            totals.skipped += steering.failures > 0
+            if steering.failures >= NONFINITE_IN_A_ROW:
+                rows, sizes = plan[which].in_passes()
+                raise failed_update(
+                    iteration, optimisers.policy, optimisers.critic, experience.take(rows), sizes,
+                    coefficients=(steering.kl, steering.penalty), pretraining=pretraining,
+                    ptx=[] if pretraining else [asdict(row) for row in _ptx_rows(ptx, step, config)],
+                )  # fmt: skip
     return totals
 
 
@@ -192,23 +196,30 @@ def _backward(
     advantages_BR = _normalised(part, config)
     denom = float(part.rollout.mask_BR.sum())
     place = {row: i for i, row in enumerate(minibatch.rows)}
-    found = Totals(passes=1)
+    clock, found = players.clock, Totals(passes=1)
     for micro in minibatch.micros:
         rows = [place[row] for row in micro.rows]
         piece = part.take(rows).cut(micro.batch.response_width, str(players.compute.device))
         advantages = advantages_BR[rows, : micro.batch.response_width].to(players.compute.device)
         if not pretraining and config.objective.kind != "trpo":
-            _backward_policy(players, piece, micro, advantages, config, steering, denom, found)
+            with clock("train/policy", micro.work(players.policy, training=True)):
+                _backward_policy(players, piece, micro, advantages, config, steering, denom, found)
         if players.critic is not None:
-            values = at_responses(players.critic(micro.batch).values_BT, micro.batch, before=True)
-            clip = None if pretraining else config.critic.value_clip
-            loss = micro.counts * value_loss(
-                values, piece.old_values_BR, piece.returns_BR, micro.batch.mask_BR, value_clip=clip, denom=denom
-            )  # fmt: skip
-            loss.backward()
-            found.add("value_loss", float(loss.detach()))
+            with clock("train/critic", micro.work(players.critic, training=True)):
+                clip = None if pretraining else config.critic.value_clip
+                found.add("value_loss", _backward_critic(players.critic, piece, micro, clip, denom))
     totals.include(found)
     return found.sums.get("approx_kl", 0.0) / denom
+
+
+def _backward_critic(critic: Scalar, piece: Experience, micro: Microbatch, clip: float | None, denom: float) -> float:
+    """Add the critic's gradient of one microbatch; returns its loss."""
+    values = at_responses(critic(micro.batch).values_BT, micro.batch, before=True)
+    loss = micro.counts * value_loss(
+        values, piece.old_values_BR, piece.returns_BR, micro.batch.mask_BR, value_clip=clip, denom=denom
+    )  # fmt: skip
+    loss.backward()
+    return float(loss.detach())
 
 
 def _backward_policy(
@@ -251,17 +262,27 @@ def distance_moved(players: Players, experience: Experience, plan: list[Minibatc
 
 def _backward_ptx(players: Players, ptx: Sequence[Tokens], step: int, config: PPOConfig, totals: Totals) -> None:
     """Add λ_ptx times the gradient of the LM loss on this step's share of the ptx dialogues."""
-    size = config.ptx_batch or config.minibatch
-    chosen = []
-    for position in range(step * size, (step + 1) * size):
-        epoch, within = divmod(position, len(ptx))
-        chosen.append(ptx[epoch_order(len(ptx), seed=config.seed + 1, epoch=epoch)[within]])
+    chosen = _ptx_rows(ptx, step, config)
     denom = float(sum(sum(row.mask[1:]) for row in chosen))
     assert config.ptx_weight is not None
     found = Totals()
     for group, weight in passes(players.policy, chosen, config.compute.tokens_per_microbatch):
         tokens, mask_BT = packed([chosen[i] for i in group], device=str(players.compute.device))
-        loss = weight * nll_loss(players.policy(tokens, mask_BT=mask_BT).logprobs_BT, mask_BT, denom=denom)
-        (config.ptx_weight * loss).backward()
-        found.add("ptx_loss", float(loss.detach()))
+        work = players.policy.work(tokens, training=True, places=int(mask_BT.sum())).needed(weight)
+        with players.clock("train/ptx", work):
+            loss = weight * nll_loss(players.policy(tokens, mask_BT=mask_BT).logprobs_BT, mask_BT, denom=denom)
+            (config.ptx_weight * loss).backward()
+            found.add("ptx_loss", float(loss.detach()))
     totals.include(found)
+
+
+def _ptx_rows(ptx: Sequence[Tokens], step: int, config: PPOConfig) -> list[Tokens]:
+    """A step's share of the ptx dialogues: consecutive pieces of seeded permutations."""
+    if not ptx or config.ptx_weight is None:
+        return []
+    size = config.ptx_batch or config.minibatch
+    chosen = []
+    for position in range(step * size, (step + 1) * size):
+        epoch, within = divmod(position, len(ptx))
+        chosen.append(ptx[epoch_order(len(ptx), seed=config.seed + 1, epoch=epoch)[within]])
+    return chosen

@@ -1,0 +1,323 @@
+"""Bytes on one device, player by player and phase by phase; docs/planning.md has the same formulas in words.
+
+Nothing here reads a weight. A phase's peak is what is always held, plus what that phase adds at its worst moment.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ppomax.config.plan import PlanConfig
+from ppomax.engine.checkpoint import FILE_BYTES
+from ppomax.models.attention import LONGEST_FOLDED
+from ppomax.models.logprobs import CHUNK_BYTES
+from ppomax.models.shapes import Shape
+
+FLOAT32 = 4
+
+
+@dataclass(frozen=True)
+class Role:
+    """A player: its shape, whether it has a scalar head, whether it is trained, and whose frozen weights it may hold.
+
+    shares_trunk: it reads the policy's ids, so that lower layers can be common. same_as: the player that it is equal
+    to before training, or None.
+    """
+
+    name: str
+    shape: Shape
+    scalar: bool
+    trained: bool
+    shares_trunk: bool = True
+    same_as: str | None = None
+
+    @property
+    def parameters(self) -> int:
+        """All of its parameters."""
+        return self.shape.scalar if self.scalar else self.shape.causal
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Devices, bytes of memory of each, bytes of a number in compute precision. packs: padding is not computed."""
+
+    count: int
+    memory: float
+    compute: int
+    packs: bool
+
+
+@dataclass(frozen=True)
+class Held:
+    """Parameters that a player holds itself (not through another player), and those of them that are trained."""
+
+    owned: int
+    trained: int
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One microbatch of a device: rows, tokens in the linear layers, tokens of responses, and attention's blocks.
+
+    keys: tokens of keys and values that the blocks hold; scores: query-key pairs whose weights are kept; pairs: all
+    that are computed. alone: the minibatch is this one microbatch.
+    """
+
+    rows: float
+    tokens: float
+    responses: float
+    keys: float
+    scores: float
+    pairs: float
+    alone: bool
+
+
+def held(role: Role, config: PlanConfig) -> Held:
+    """What a player holds with `train_layers` and `lora_rank` as configured."""
+    shape, upper, rank = role.shape, config.compute.train_layers, config.compute.lora_rank
+    head = shape.hidden if role.scalar else 0
+    below = 0 if upper is None else shape.embedding + (shape.layers - upper) * shape.layer
+    adapters = 0 if rank is None else rank * shape.rank_one * (shape.layers if upper is None else upper)
+    owned = role.parameters - (below if role.name != "policy" and role.shares_trunk else 0)
+    if role.trained:
+        if rank is not None:
+            return Held(owned + adapters, adapters + head)
+        return Held(owned, role.parameters if upper is None else upper * shape.layer + shape.rest + head)
+    # Beside adapters, equal frozen tensors are the same objects; a scalar head is trained, hence the reward's own.
+    return Held(head if rank is not None and role.same_as is not None else owned, 0)
+
+
+def microbatch(config: PlanConfig, machine: Machine) -> Pass:
+    """The largest microbatch of responses at the length limit, prompts at theirs."""
+    P, R, budget = config.max_prompt_tokens, config.sampling.max_new_tokens, config.compute.tokens_per_microbatch
+    rows = math.ceil(config.minibatch / machine.count)
+    per_prompt = min(config.samples_per_prompt, rows) if machine.packs else 1
+    whole = math.ceil(rows / per_prompt) * P + rows * R
+    tokens = float(max(P + R, min(budget, whole)))
+    group = P + per_prompt * R
+    prompts = max(tokens / group, 1.0)
+    rows_here = prompts * per_prompt if tokens >= group else (tokens - P) / R
+    alone = whole <= tokens
+    if not machine.packs:
+        return Pass(rows_here, tokens, rows_here * R, tokens, 0.0, rows_here * (P + R) ** 2 / 2, alone)
+    of_prompts, of_responses = prompts * P * P, rows_here * R * (P + R)
+    scores = (of_prompts if P <= LONGEST_FOLDED else 0.0) + (of_responses if P + R <= LONGEST_FOLDED else 0.0)
+    keys = prompts * P + rows_here * (P + R)
+    return Pass(rows_here, tokens, rows_here * R, keys, scores, of_prompts + of_responses, alone)
+
+
+def layer_activations(shape: Shape, part: Pass, compute: int, *, rank: int | None = None) -> float:
+    """Bytes that one decoder layer keeps of a microbatch for its backward pass.
+
+    Two norms: input (float32), normalised (where the gain is trained), output; queries, keys, values, attention's
+    output; four or two tensors of the MLP; on a processor also attention's weights (float32, and once more in a lower
+    compute precision). `rank`: adapters are trained instead of weights, and keep their inner states.
+    """
+    query, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    norms = 2 * part.tokens * shape.hidden * (FLOAT32 + (2 if rank is None else 1) * compute)
+    attention = (2 * part.tokens * query + 2 * part.keys * kv) * compute
+    weights = shape.heads * part.scores * (FLOAT32 + (compute if compute < FLOAT32 else 0))
+    mlp = part.tokens * shape.intermediate * (4 if shape.gated else 2) * compute
+    inner = part.tokens * (rank or 0) * (7 if shape.gated else 6) * compute
+    return norms + attention + weights + mlp + inner
+
+
+def forward_working(shape: Shape, part: Pass, compute: int) -> float:
+    """Bytes that one layer needs in a pass without gradient, and drops: its MLP or its attention."""
+    mlp = part.tokens * (3 * shape.intermediate + 2 * shape.hidden) * compute
+    attention = 2 * shape.heads * part.scores * FLOAT32 + 3 * part.tokens * shape.heads * shape.head_dim * compute
+    return max(mlp, attention)
+
+
+def backward_working(shape: Shape, part: Pass, compute: int) -> float:
+    """Bytes that one layer's backward pass needs beyond what it frees.
+
+    The MLP: three gradients, when one activation is gone. Attention, when the MLP's activations are gone: the gradients
+    of its weights and of what they are the softmax of.
+    """
+    mlp = 2 * part.tokens * shape.intermediate * compute
+    freed = part.tokens * ((4 if shape.gated else 2) * shape.intermediate + 3 * shape.hidden) * compute
+    return max(mlp, 2 * shape.heads * part.scores * FLOAT32 - freed)
+
+
+def activations(role: Role, config: PlanConfig, machine: Machine) -> float:
+    """Bytes that a trained player keeps of one microbatch, at the start of its backward pass."""
+    part, shape, compute = microbatch(config, machine), role.shape, machine.compute
+    layers = shape.layers if config.compute.train_layers is None else config.compute.train_layers
+    layer = layer_activations(shape, part, compute, rank=config.compute.lora_rank)
+    if config.compute.gradient_checkpointing:
+        kept = layers * part.tokens * shape.hidden * compute + (layer if layers else 0.0)
+    else:
+        kept = layers * layer
+    norm = part.tokens * shape.hidden * (FLOAT32 + 2 * compute)
+    states = part.rows * _longest(config) * shape.hidden  # padded again; of them the responses' are picked, or read
+    read = states * FLOAT32 if role.scalar else (states + part.responses * shape.hidden) * compute
+    return kept + norm + read
+
+
+def vocabulary_working(role: Role, config: PlanConfig, machine: Machine, *, trains: bool) -> float:
+    """Bytes for one chunk of float32 logits and its logsumexp, and for the gradient of a trained unembedding."""
+    if role.scalar:
+        return 0.0
+    V, tokens = role.shape.vocabulary, microbatch(config, machine).responses
+    chunk = 2 * FLOAT32 * V * min(tokens, max(1, CHUNK_BYTES // (FLOAT32 * V)))
+    frozen = config.compute.train_layers is not None or config.compute.lora_rank is not None
+    return chunk + (0.0 if frozen or not trains else V * role.shape.hidden * (FLOAT32 + machine.compute))
+
+
+def cache(role: Role, config: PlanConfig, machine: Machine) -> float:
+    """Bytes of the key/value cache of the rows that one device decodes side by side."""
+    return rows_decoded(config, machine) * _longest(config) * role.shape.kv_elements * machine.compute
+
+
+def rows_decoded(config: PlanConfig, machine: Machine) -> int:
+    """Rows side by side on one device."""
+    return min(config.sampling.max_rows, math.ceil(config.rollout_batch / machine.count))
+
+
+def decode_working(role: Role, config: PlanConfig, machine: Machine) -> float:
+    """Bytes of the sampler beside the cache: a layer of the prefill, or logits and probabilities of a step."""
+    shape, rows, compute = role.shape, rows_decoded(config, machine), machine.compute
+    prompts, P = math.ceil(rows / config.samples_per_prompt), config.max_prompt_tokens
+    scores = prompts * P * P if machine.packs and P <= LONGEST_FOLDED else 0
+    prefill = forward_working(shape, Pass(prompts, prompts * P, 0, 0, scores, 0, True), compute)
+    step = rows * shape.vocabulary * (compute + 4 * FLOAT32)
+    # With a mask, transformers repeats grouped keys and values for every head, a layer at a time.
+    if not machine.packs and shape.heads > shape.kv_heads:
+        step += 2 * rows * _longest(config) * shape.heads * shape.head_dim * compute
+    return max(prefill, step)
+
+
+def trunk_states(policy: Role, config: PlanConfig, machine: Machine) -> float:
+    """Bytes of the frozen lower layers' states, kept for a whole rollout batch."""
+    if config.compute.train_layers is None:
+        return 0.0
+    rows = math.ceil(config.rollout_batch / machine.count) * config.buffer
+    return rows * _longest(config) * policy.shape.hidden * machine.compute
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """One player on one device. gathered: the copy in compute precision that sharded masters are gathered into."""
+
+    weights: float
+    masters: float
+    moments: float
+    gradients: float
+    gathered: float = 0.0
+    activations: float = 0.0
+    average: float = 0.0
+
+    @property
+    def always(self) -> float:
+        """What is held in every phase."""
+        return self.weights + self.masters + self.moments + self.average
+
+
+def player_bytes(role: Role, config: PlanConfig, machine: Machine, shard: str) -> Bytes:
+    """One player's state on one device under `shard`: none, zero2 or zero3."""
+    part, compute, W = held(role, config), machine.compute, machine.count
+    kept = activations(role, config, machine) if role.trained else 0.0
+    average = FLOAT32 * part.trained if config.ema is not None and role.name == "policy" else 0
+    if shard == "none":
+        masters = FLOAT32 * part.trained if compute < FLOAT32 else 0
+        return Bytes(
+            part.owned * compute, masters, 8 * part.trained, FLOAT32 * part.trained, 0.0, kept, average
+        )  # fmt: skip
+    frozen = (part.owned - part.trained) * compute
+    units = (2 * role.shape.layer + role.shape.embedding + role.shape.unembedding) * compute
+    return Bytes(
+        frozen if shard == "zero2" else frozen / W,
+        FLOAT32 * part.trained / W, 8 * part.trained / W, FLOAT32 * part.trained / W,
+        gathered=part.trained * compute if shard == "zero2" else min(units, role.parameters * compute),
+        activations=kept, average=average / W,
+    )  # fmt: skip
+
+
+def phases(
+    roles: Sequence[Role], players: dict[str, Bytes], config: PlanConfig, machine: Machine, shard: str
+) -> dict[str, dict[str, float]]:
+    """By phase, what adds up to its peak; the part 'always' is the same in all but loading."""
+    policy = roles[0]
+    always = sum(player.always for player in players.values())
+    sharded, part = shard != "none", microbatch(config, machine)
+    trained = [players[role.name] for role in roles if role.trained]
+    if shard == "zero2":
+        decoding = players["policy"].gathered
+        gathered = sum(player.gathered for player in trained)
+    else:
+        decoding = policy.parameters * machine.compute if sharded else 0.0
+        gathered = max(player.gathered for player in players.values())
+    trunk = trunk_states(policy, config, machine)
+    working = max(forward_working(role.shape, part, machine.compute) for role in roles)
+    forward = working + vocabulary_working(policy, config, machine, trains=False)
+    found = {
+        "load": {} if sharded else _loading(roles, machine),
+        "generate": {
+            "always": always,
+            "gathered weights": decoding,
+            "key/value cache": cache(policy, config, machine),
+            "working": decode_working(policy, config, machine),
+        },
+        "score": {"always": always, "gathered weights": gathered, "lower layers' states": trunk, "working": forward},
+        "train": {
+            "always": always,
+            "gathered weights": gathered,
+            "lower layers' states": trunk,
+            **_backward(roles, players, config, machine, sharded=sharded),
+        },
+        "save": {"always": always, "working": _saving(roles, players)} if machine.packs else {},
+    }
+    return {phase: {name: size for name, size in parts.items() if size} for phase, parts in found.items() if parts}
+
+
+def _loading(roles: Sequence[Role], machine: Machine) -> dict[str, float]:
+    """Each model is loaded whole; what players have in common is found, and freed, afterwards.
+
+    On a processor the pages of the file that is read, in bfloat16 as a rule, are resident too.
+    """
+    sizes = [float(role.parameters) for role in roles]
+    return {"weights": sum(sizes) * machine.compute, "file": 2 * max(sizes) if machine.packs else 0.0}
+
+
+def _saving(roles: Sequence[Role], players: dict[str, Bytes]) -> float:
+    """A checkpoint's file twice, tensor by tensor and as it is written; on a GPU this is the host's memory."""
+    trained = [role for role in roles if role.trained]
+    state = sum(1.5 * players[role.name].moments + players[role.name].average for role in trained)
+    return 2 * min(state, FILE_BYTES)
+
+
+def _backward(
+    roles: Sequence[Role], players: dict[str, Bytes], config: PlanConfig, machine: Machine, *, sharded: bool
+) -> dict[str, float]:
+    """Gradients, activations and working memory at the worst moment of the update.
+
+    Policy and critic take turns in every microbatch, and both step at its minibatch's end. With one microbatch a
+    minibatch, the gradients of a player are not there yet when its backward pass begins; they are when a checkpointed
+    pass comes to its last layer, which it recomputes.
+    """
+    trained, part = [role for role in roles if role.trained], microbatch(config, machine)
+    alone = part.alone and config.ptx_weight is None
+    moments = [{"gradients": sum(players[role.name].gradients for role in trained)}]
+    for number, role in enumerate(trained):
+        there = trained[: number + int(config.compute.gradient_checkpointing)] if alone else trained
+        working = max(
+            vocabulary_working(role, config, machine, trains=True), backward_working(role.shape, part, machine.compute)
+        )
+        if sharded:  # of one unit: the gradient before it is divided, in compute precision and in float32
+            unit = max(role.shape.layer, role.shape.embedding + role.shape.unembedding)
+            working += min(held(role, config).trained, unit) * (machine.compute + FLOAT32)
+        moments.append(
+            {
+                "gradients": sum(players[other.name].gradients for other in there),
+                "activations": players[role.name].activations,
+                "working": working,
+            }
+        )
+    return max(moments, key=lambda parts: sum(parts.values()))
+
+
+def _longest(config: PlanConfig) -> int:
+    return config.max_prompt_tokens + config.sampling.max_new_tokens

@@ -1,0 +1,167 @@
+"""`ppomax checkpoint`: what a run has saved is listed, judged and exported without resuming the run."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ppomax.cli import main
+from ppomax.config import CheckpointConfig, CriticConfig, OptimConfig, PPOConfig, SaveConfig
+from ppomax.engine.checkpoint import checkpoints
+from ppomax.errors import SetupError
+from ppomax.stages.checkpoint import checkpoint
+from ppomax.stages.ppo import ppo
+from ppomax.stages.reward import reward
+from ppomax.stages.sft import sft
+from stages.conftest import Toys, Trained
+from stages.toy import (
+    FLOAT32,
+    TOP_LAYER,
+    file_hashes,
+    metrics,
+    ppo_config,
+    reward_config,
+    same_bits,
+    sft_config,
+    weights,
+)
+
+LORA = FLOAT32.model_copy(update={"lora_rank": 2})
+
+
+@pytest.fixture(scope="module")
+def saved(trained: Trained, toys: Toys, tmp_path_factory: pytest.TempPathFactory) -> PPOConfig:
+    """A finished PPO run with a moving average and a critic, and all checkpoints."""
+    config = ppo_config(
+        tmp_path_factory.mktemp("saved") / "run", trained.sft, toys.prompts, ema=0.9, save=SaveConfig(every=1, keep=9)
+    )
+    ppo(config)
+    return config
+
+
+@pytest.fixture
+def copied(saved: PPOConfig, tmp_path: Path) -> Path:
+    shutil.copytree(saved.run_dir, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def same_model(exported: Path, final: Path) -> bool:
+    """All files but the list of sizes that a run's final/ has."""
+    left, right = file_hashes(exported), file_hashes(final)
+    return left == {name: found for name, found in right.items() if name != ".complete"} and len(left) > 3
+
+
+def test_list_says_which_there_are_and_what_is_damaged(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flip(copied / "checkpoints" / "iteration-1" / "state.json")
+    assert main(["checkpoint", "list", str(copied)]) == 0
+    lines = " ".join(capsys.readouterr().out.split()).split("iteration-")
+    assert [line.split()[0] for line in lines[1:]][:2] == ["0", "1"]
+    assert "kB" in lines[1] and lines[1].rstrip().endswith("intact")
+    assert lines[2].rstrip().endswith("damaged")
+    assert lines[3].split("intact")[1].startswith(f" {copied / 'checkpoints'}/") and "found SHA-256" in lines[4]
+    rows = checkpoint(CheckpointConfig(run_dir=copied))
+    assert isinstance(rows, list)
+    assert [(row["name"], bool(row["problems"])) for row in rows] == [
+        ("iteration-0", False), ("iteration-1", True), ("iteration-2", False)
+    ]  # fmt: skip
+    assert rows[0]["age"].split()[1] in ("s", "min")
+
+
+def test_verify_names_the_damaged_file_and_ends_with_1(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["checkpoint", "verify", str(copied)]) == 0
+    capsys.readouterr()
+    damaged = next((copied / "checkpoints" / "iteration-2").glob("*.safetensors"))
+    flip(damaged)
+    assert main(["checkpoint", "verify", str(copied)]) == 1
+    assert f"error: {damaged}: found SHA-256" in capsys.readouterr().err.replace("\n", "")
+    assert main(["checkpoint", "verify", str(copied), "--number", "1"]) == 0
+
+
+@pytest.mark.parametrize("model", ["final", "critic", "last"])
+def test_an_exported_checkpoint_of_ppo_is_what_the_run_wrote_at_its_end(
+    model: str, copied: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = file_hashes(copied)
+    assert main(["checkpoint", "export", str(copied), "--model", model]) == 0
+    out = Path(capsys.readouterr().out.strip())
+    assert out == copied / "exported" / f"iteration-2-{model}"
+    assert same_model(out, copied / model)
+    shutil.rmtree(copied / "exported")
+    assert file_hashes(copied) == before
+
+
+def test_an_earlier_checkpoint_is_an_earlier_model(copied: Path, tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "out"
+    checkpoint(CheckpointConfig(action="export", run_dir=copied, number=1, out=out))
+    assert not same_bits(weights(out), weights(copied / "final"))
+    with pytest.raises(SetupError, match="out: found something there, expected a new or empty directory"):
+        checkpoint(CheckpointConfig(action="export", run_dir=copied, number=1, out=out))
+
+
+@pytest.mark.parametrize("compute", [TOP_LAYER, LORA], ids=["top", "lora"])
+def test_with_frozen_layers_or_adapters_too(compute: Any, trained: Trained, toys: Toys, tmp_path: Path) -> None:
+    sft(sft_config(tmp_path / "sft", toys.dialogues, compute=compute, epochs=0.3))
+    reward(reward_config(tmp_path / "reward", trained.sft, toys.pairs, compute=compute, max_steps=3))
+    critic = CriticConfig(init=trained.reward, pretrain_iterations=1, optim=OptimConfig(lr=5e-3))
+    spec = ppo_config(tmp_path / "ppo", trained.sft, toys.prompts, compute=compute, critic=critic, iterations=2)
+    # A critic from elsewhere has other lower layers: only adapters can stand on them.
+    ppo(spec if compute is LORA else spec.model_copy(update={"critic": critic.model_copy(update={"init": "policy"})}))
+    for verb in ("sft", "reward", "ppo"):
+        out = checkpoint(CheckpointConfig(action="export", run_dir=tmp_path / verb))
+        assert isinstance(out, Path) and same_model(out, tmp_path / verb / "final")
+    out = checkpoint(CheckpointConfig(action="export", run_dir=tmp_path / "ppo", model="critic"))
+    assert isinstance(out, Path) and same_model(out, tmp_path / "ppo" / "critic")
+
+
+def test_a_start_model_that_changed_is_refused(toys: Toys, trained: Trained, tmp_path: Path) -> None:
+    shutil.copytree(trained.sft, tmp_path / "base")
+    sft(sft_config(tmp_path / "run", toys.dialogues, model=str(tmp_path / "base"), epochs=0.1, compute=TOP_LAYER))
+    flip(tmp_path / "base" / "model.safetensors")
+    with pytest.raises(SetupError, match="base: its weights changed since the run began"):
+        checkpoint(CheckpointConfig(action="export", run_dir=tmp_path / "run"))
+
+
+def test_what_is_not_there_is_said(copied: Path, trained: Trained, tmp_path: Path) -> None:
+    def refused(**settings: Any) -> str:
+        with pytest.raises(SetupError) as caught:
+            checkpoint(CheckpointConfig(**settings))
+        return str(caught.value)
+
+    assert "found no run of ppomax, expected a run directory of sft, reward, ppo" in refused(run_dir=tmp_path)
+    assert "found iteration-0, iteration-1, iteration-2, expected number 7" in refused(run_dir=copied, number=7)
+    assert "only ppo has a critic" in refused(run_dir=trained.sft_run, action="export", model="critic")
+    assert "only ppo has a last" in refused(run_dir=trained.reward_run, action="export", model="last")
+
+
+@pytest.mark.parametrize(("metric", "pick"), [("gold_mean", max), ("-gold_mean", min)])
+def test_the_best_checkpoint_stays_beside_the_newest(
+    metric: str, pick: Any, trained: Trained, toys: Toys, tmp_path: Path
+) -> None:
+    config = ppo_config(
+        tmp_path / "run", trained.sft, toys.prompts, iterations=7, judge="stages.toy:length_reward",
+        save=SaveConfig(every=1, keep=1, keep_best=metric),
+    )  # fmt: skip
+    ppo(config)
+    rows = metrics(config.run_dir)
+    best = pick(rows, key=lambda row: row["gold_mean"])["iteration"]
+    assert 0 <= best < 6, "the seed makes the last iteration the best: no proof"
+    names = [path.name for path in checkpoints(config.run_dir / "checkpoints")]
+    assert names == [f"iteration-{best}", "iteration-6"]
+    ppo(config.model_copy(update={"run_dir": tmp_path / "plain", "save": SaveConfig(every=100)}))
+    assert metrics(tmp_path / "plain") == rows
+
+
+def test_an_unknown_metric_is_found_at_the_first_row(trained: Trained, toys: Toys, tmp_path: Path) -> None:
+    config = ppo_config(tmp_path / "run", trained.sft, toys.prompts, save=SaveConfig(keep_best="-kl_per_sequenc"))
+    with pytest.raises(SetupError, match="save.keep_best: found 'kl_per_sequenc'; did you mean 'kl_per_sequence'?"):
+        ppo(config)
+    assert not config.run_dir.exists()
