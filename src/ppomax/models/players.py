@@ -62,6 +62,8 @@ class Player(nn.Module):
                 )
             if not split_is_exact(self.base, count - train_layers):
                 raise SetupError(f"train_layers: {type(model).__name__} cannot be split into layers; leave it None")
+        # Where passes are made; shards may live elsewhere.
+        self.device = next(model.parameters()).device
         self.packs = packing_is_exact(self.base)
         # Where processes share the parameters (models/shard.py): all of them, gathered for the time of a block.
         self.gathered: Callable[[], AbstractContextManager[None]] = nullcontext

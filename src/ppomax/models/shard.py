@@ -56,6 +56,7 @@ def shard(player: P, compute: Compute, config: ModelConfig) -> P:
         "ignored_params": whole,
     }
     player.model.config.dtype = compute.dtype  # type: ignore[union-attr]
+    player.device = compute.device
     for layer in player.base.layers:
         if any(p in spread for p in layer.parameters()):
             fully_shard(layer, reshard_after_forward=reshard, **options)

@@ -52,7 +52,7 @@ class RewardModel:
     ) -> list[float]:
         """Scores of (prompt ids, response ids), in token-budget microbatches."""
         score_B = torch.zeros(len(rows))
-        device = str(next(self.scalar.parameters()).device)
+        device = str(self.scalar.device)
 
         def cut(part: list[int]) -> list[list[int]]:
             sides = [[rows[i][side] for i in part] for side in (0, 1)]

@@ -80,7 +80,7 @@ def _decode(
     policy: Policy, prompts: list[Sequence[int]], uniforms_BR: Tensor, distribution: Distribution, eos: set[int],
     clock: Clock,
 ) -> list[Sampled]:  # fmt: skip
-    device = next(policy.parameters()).device
+    device = policy.device
     limit, width = uniforms_BR.shape[1], max(len(p) for p in prompts)
     cache = preallocated_cache(policy.model.config.num_hidden_layers, width + limit)  # type: ignore[union-attr]
     cost = policy.costs.trunk + policy.costs.forward

@@ -144,7 +144,7 @@ def _read(policy: Policy, reference: Policy | None, rollout: Rollout, config: Ev
     responses = rollout.responses()
     nll = kl = 0.0
     for rows in policy.microbatches(rollout.prompt_ids, responses, budget=config.compute.tokens_per_microbatch):
-        device = str(next(policy.parameters()).device)
+        device = str(policy.device)
         batch = token_batch([rollout.prompt_ids[i] for i in rows], [responses[i] for i in rows], device=device)
         scores = policy(batch, temperature=config.sampling.temperature, statistics=True)
         mask = batch.mask_BR

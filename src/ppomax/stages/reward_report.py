@@ -72,7 +72,7 @@ def write_samples(path: Path, written: Sequence[dict[str, Any]]) -> None:
 def _along(model: Scalar, row: RankedTokens, which: Sequence[int]) -> list[list[float]]:
     """The scalar at every token of the responses: what the score would be if they ended there."""
     responses = [row.responses[i] for i in which]
-    batch = token_batch([row.prompt] * len(responses), responses, device=str(next(model.parameters()).device))
+    batch = token_batch([row.prompt] * len(responses), responses, device=str(model.device))
     values_BR = at_responses(model(batch).values_BT, batch)
     return [values_BR[b, : len(response)].tolist() for b, response in enumerate(responses)]
 

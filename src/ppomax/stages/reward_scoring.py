@@ -30,7 +30,7 @@ def score_pairs(
 
     count: told the work of a training pass.
     """
-    device = str(next(model.parameters()).device)
+    device = str(model.device)
     sequences = [(row.prompt, response) for row in rows for response in row.responses]
     batch = token_batch([p for p, _ in sequences], [r for _, r in sequences], device=device)
     batch = with_states(batch, None if states is None else [state for group in states for state in group])

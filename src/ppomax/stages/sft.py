@@ -113,7 +113,7 @@ def _step(
     denom = sum(sum(row.mask[1:]) for row in batch)
     total, work = 0.0, Work()
     for group, weight in passes(policy, batch, budget):
-        tokens, mask_BT = packed([batch[i] for i in group], device=str(next(policy.parameters()).device))
+        tokens, mask_BT = packed([batch[i] for i in group], device=str(policy.device))
         tokens = with_states(tokens, None if states is None else [states[i] for i in group])
         work += policy.work(tokens, training=True, places=int(mask_BT.sum())).needed(weight)
         loss = weight * nll_loss(policy(tokens, mask_BT=mask_BT).logprobs_BT, mask_BT, denom=denom)
@@ -133,7 +133,7 @@ def mean_nll(policy: Policy, rows: Sequence[Tokens], budget: int) -> float:
     """Mean negative log-likelihood per counted token, nats."""
     total, denom = 0.0, sum(sum(row.mask[1:]) for row in rows)
     for group, weight in passes(policy, rows, budget):
-        tokens, mask_BT = packed([rows[i] for i in group], device=str(next(policy.parameters()).device))
+        tokens, mask_BT = packed([rows[i] for i in group], device=str(policy.device))
         total += weight * float(nll_loss(policy(tokens, mask_BT=mask_BT).logprobs_BT, mask_BT, denom=denom))
     return world.summed({"nll": total})["nll"]
 
