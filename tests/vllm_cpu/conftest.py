@@ -17,7 +17,7 @@ from ppomax.rollout.vllm import VLLM
 
 collect_ignore_glob = [] if importlib.util.find_spec("vllm") else ["test_*.py"]
 
-LONGEST, MAX_ROWS = 64, 8
+LONGEST, MAX_ROWS = 192, 8
 # vLLM's attention for processors wants heads of at least 32.
 LLAMA = {
     "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 32,

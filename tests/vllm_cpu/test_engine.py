@@ -82,6 +82,23 @@ def test_it_samples_with_the_weights_of_now(engine: VLLM, policy: Policy) -> Non
     assert largest_gap(policy, sampled(engine, policy)) < TOLERANCE
 
 
+def test_no_key_of_older_weights_is_used_again(engine: VLLM, policy: Policy) -> None:
+    """A prompt of more than a block, which the prefix cache keeps."""
+    prompt = [PROMPTS[0][i % len(PROMPTS[0])] for i in range(150)]
+
+    def gap() -> float:
+        (r,) = engine.sample(policy, [prompt], [5], limit=LIMIT, distribution=Distribution(), eos_ids=[])
+        batch = token_batch([prompt], [r.ids])
+        with torch.no_grad():
+            own_BR = at_responses(policy(batch).logprobs_BT, batch)
+        return float((own_BR[0] - torch.tensor(r.logprobs)).abs().max())
+
+    assert gap() < TOLERANCE
+    with torch.no_grad():
+        policy.base.layers[0].self_attn.v_proj.weight.neg_()
+    assert gap() < TOLERANCE
+
+
 def test_adapters_are_merged(engine: VLLM, directory: str) -> None:
     pytest.importorskip("peft")
     adapted = Policy(load_causal_lm(directory, FLOAT32), train_layers=1, trained=True, lora=Lora(rank=2, alpha=4))

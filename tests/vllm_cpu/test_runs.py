@@ -44,6 +44,8 @@ def test_ppo_repeats_and_resumes_and_agrees_with_the_trainer(directory: str, pro
         assert row["behaviour_far_share"] == 0
         assert row["importance_weight"] == pytest.approx(1.0, abs=1e-4)
         assert row["importance_capped_share"] == 0
+    first = json.loads((config.run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    assert 0 < first["seconds/generate/weights"] < first["seconds/generate"]
     assert not VLLM.running
     assert not torch.distributed.is_initialized()
 

@@ -59,7 +59,9 @@ def collect(
         )  # fmt: skip
     else:
         seeds = seeds_for(seed, iteration, rows, numbers)
-        sampled = engine.sample(policy, ids, seeds, limit=limit, distribution=distribution, eos_ids=eos_ids)
+        sampled = engine.sample(
+            policy, ids, seeds, limit=limit, distribution=distribution, eos_ids=eos_ids, clock=clock
+        )
         if progress is not None:
             progress(len(rows))
     lengths = [len(s.ids) for s in sampled]

@@ -22,6 +22,7 @@ from ppomax.engine import world
 from ppomax.models.load import Compute, model_directory
 from ppomax.models.lora import has_adapters, merged_state
 from ppomax.models.players import Policy, at_responses
+from ppomax.monitor.clock import Clock
 from ppomax.rollout.sampler import Distribution, Sampled
 from ppomax.types import SetupError, token_batch
 
@@ -102,12 +103,12 @@ class VLLM:
 
     def sample(
         self, policy: Policy, prompts: Sequence[Sequence[int]], seeds: Sequence[int], *, limit: int,
-        distribution: Distribution, eos_ids: Sequence[int],
+        distribution: Distribution, eos_ids: Sequence[int], clock: Clock | None = None,
     ) -> list[Sampled]:  # fmt: skip
         """One response of at most `limit` tokens per entry of `prompts` (token ids), from the weights of `policy` now.
 
         seeds: one per response, each below 2**63. Log-probs are of the distribution that was sampled from, temperature
-        included.
+        included. clock: told what the hand-over of the weights and the sampling took.
         """
         settings = [
             self.vllm.SamplingParams(
@@ -117,10 +118,13 @@ class VLLM:
             )
             for seed in seeds
         ]  # fmt: skip
+        requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        clock = clock or Clock()
         with _global_generators_kept():
-            self.load(policy)
-            requests = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
-            outputs = self.llm.generate(requests, settings, use_tqdm=False)
+            with clock("generate/weights"):
+                self.load(policy)
+            with clock("generate/decode"):
+                outputs = self.llm.generate(requests, settings, use_tqdm=False)
             self._rest()
         return [_sampled(output.outputs[0], set(eos_ids)) for output in outputs]
 
