@@ -3,7 +3,7 @@
     .venv/bin/python bench/memory.py                     # all cases, some minutes
     .venv/bin/python bench/memory.py --cases full lora   # some of them
 
-Each case is a real `ppomax ppo` of two iterations in a process of its own, on a Llama with random weights (20 M
+Each case is a real `ppomax ppo` of two iterations in a process of its own, on a Llama with random weights (22 M
 parameters, or 32 M with an unembedding of its own) or on SmolLM2-135M. Before it, the same process runs `tiny` with the
 same settings, so that Python, torch and every library are there; what counts is how far the peak of the resident set
 then rises. The planner is asked with the same settings. Temperature 3 keeps responses from ending by themselves. Files
@@ -62,7 +62,6 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
             "compute": {"lora_rank": 16},
         },
     ),
-    "smollm2-135m, full": ("smollm2-135m", {}),
     "smollm2-135m, upper 10 layers": ("smollm2-135m", {"compute": {"train_layers": 10}}),
 }  # fmt: skip
 PHASES = ("generate", "score", "train")
@@ -133,6 +132,8 @@ def _settings(folder: Path, model: LlamaConfig | str, changes: dict[str, Any]) -
     }  # fmt: skip
     for key, value in changes.items():
         common[key] = {**common.get(key, {}), **value} if isinstance(value, dict) else value
+    if model == "tiny" and "train_layers" in common["compute"]:
+        common["compute"]["train_layers"] = 1
     # Whole rows, so that a microbatch is as full as the planner takes it to be.
     common["compute"]["tokens_per_microbatch"] *= usual + common["sampling"]["max_new_tokens"]
     return common
