@@ -105,7 +105,7 @@ test-vllm: $(VLLM)/.installed ## the vLLM sampler with a real vLLM for processor
 	@OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest tests/vllm_cpu $(ARGS)
 
 bench-vllm: $(VLLM)/.installed ## the native sampler beside vLLM; ARGS="--repeats 5 --compiled"
-	@$(VLLM)/bin/python bench/sampler.py $(ARGS)
+	@$(VLLM)/bin/python -m bench.sampler $(ARGS)
 
 golden: $(INSTALLED) ## record the golden run again: a change needs a line in CHANGELOG.md under "Numerics"
 	@$(BIN)/python tests/golden/record.py $(ARGS)

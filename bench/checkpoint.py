@@ -1,6 +1,6 @@
 """What a save costs beside a plain copy: `save_checkpoint` against writing the same bytes to a file with their SHA-256.
 
-    python bench/checkpoint.py [--megabytes 400] [--repeats 5] [--folder build/bench-checkpoint]
+    python -m bench.checkpoint [--megabytes 400] [--repeats 5] [--folder build/bench-checkpoint]
 
 The two take turns, so that a busy machine slows both; the best of each counts. Both sync to the disk. The checkpoint is
 tensors of the shapes of SmolLM2-135M's layers in float32.
@@ -12,12 +12,11 @@ import argparse
 import hashlib
 import os
 import shutil
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from bench.common import seconds
 from ppomax.engine.checkpoint import save_checkpoint
 
 SHAPES = {"q": (576, 576), "k": (192, 576), "v": (192, 576), "o": (576, 576), "up": (1536, 576), "gate": (1536, 576),
@@ -46,13 +45,6 @@ def plain_copy(source: Path, target: Path) -> None:
         os.fsync(write.fileno())
     target.with_suffix(".old").unlink(missing_ok=True)
     target.rename(target.with_suffix(".old"))
-
-
-def seconds(work: Callable[[], object]) -> float:
-    """Wall time of one call."""
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
 
 
 def main() -> None:

@@ -8,7 +8,8 @@ import platform
 import resource
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -34,6 +35,13 @@ def in_turn(module: str, contenders: Mapping[str, Sequence[str]], repeats: int) 
             runs[name].append(json.loads(done.stdout.splitlines()[-1]))
             print(f"{repetition + 1}/{repeats} {name}: {runs[name][-1]}", file=sys.stderr, flush=True)
     return runs
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """How long one call takes."""
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
 
 
 def peak_gib() -> float:

@@ -11,14 +11,12 @@ The table is printed and written to bench/sampler.md.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from bench.common import processor, seconds, spread, table, versions
 from ppomax.engine.randomness import seeds_for, uniforms_for
 from ppomax.models.load import load_causal_lm, load_tokenizer, resolve_compute
 from ppomax.models.players import Policy
@@ -67,28 +65,25 @@ def main() -> None:
             kept.append(seconds(run))
     sync = min(seconds(lambda: engine.load(policy)) for _ in range(3))
     ours, theirs = (rows * tokens / min(kept) for kept in times)
-    spread = " / ".join(f"{max(kept) / min(kept):.2f}" for kept in times)
+    spreads = " / ".join(map(spread, times))
+    numbers = table(
+        ("native tok/s", "vLLM tok/s", "vLLM / native", "spread native / vLLM", "weights handed over", "start",
+         "log-prob gap"),
+        [(f"{ours:,.0f}", f"{theirs:,.0f}", f"{theirs / ours:.2f}×", spreads, f"{sync:.2f} s", f"{start:.0f} s",
+          f"{gap:.3f} nats")],
+    )  # fmt: skip
     graphs = "compiled graphs" if arguments.compiled else "no compiled graphs"
     text = f"""# Native sampler and vLLM
 
-{arguments.model}, {str(compute.dtype)[6:]}, {compute.device}, {os.cpu_count()} {platform.machine()} cores,
-{torch.get_num_threads()} threads, torch {torch.__version__}, {engine.name} ({graphs}), {rows} × {tokens} tokens,
+{arguments.model}, {str(compute.dtype)[6:]}, {compute.device}, {processor()},
+{torch.get_num_threads()} threads, {versions("torch")}, {engine.name} ({graphs}), {rows} × {tokens} tokens,
 best of {arguments.repeats}
 
-| native tok/s | vLLM tok/s | vLLM / native | spread native / vLLM | weights handed over | start | log-prob gap |
-|---|---|---|---|---|---|---|
-| {ours:,.0f} | {theirs:,.0f} | {theirs / ours:.2f}× | {spread} | {sync:.2f} s | {start:.0f} s | {gap:.3f} nats |
+{numbers}
 """
     Path(__file__).with_name("sampler.md").write_text(text, encoding="utf-8")
     print(text)
     engine.close()
-
-
-def seconds(work: Callable[[], object]) -> float:
-    """How long one call takes."""
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
 
 
 if __name__ == "__main__":

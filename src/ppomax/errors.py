@@ -46,3 +46,9 @@ class NonFiniteError(FloatingPointError):
 
 class ProcessLost(RuntimeError):
     """Another process of the run did not arrive where all meet; the message says where, and which ones are missing."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line; its class where it says nothing."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

@@ -115,6 +115,10 @@ class Rollout:
         return _take(self, rows)
 
 
+# What is stored of a rollout beside its prompts.
+ROLLOUT_TENSORS = tuple(f.name for f in fields(Rollout) if not f.name.startswith("prompt"))
+
+
 @dataclass(frozen=True)
 class ScoredRollouts:
     """A rollout with everything that the update needs.

@@ -29,8 +29,8 @@ from ppomax.cli.show import (
 from ppomax.config import ReportConfig
 from ppomax.errors import DamagedError, DataError, Interrupted, NonFiniteError, ProcessLost, SaveError, SetupError
 
-TRAINING = ("sft", "reward", "ppo", "quickstart")
-SHARED = ("sft", "reward", "ppo")
+SHARED = ("sft", "reward", "ppo")  # by several processes
+TRAINING = (*SHARED, "quickstart")
 FAILED, MISUSED, INTERRUPTED = 1, 2, 130
 
 

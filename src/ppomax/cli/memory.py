@@ -8,6 +8,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 from ppomax.config import Schema
+from ppomax.errors import first_line
 
 # The outermost of these modules on the way to the failure says what was going on.
 PHASES = {
@@ -52,7 +53,7 @@ def memory_message(error: BaseException, schema: type[Schema]) -> str:
     frames = [*_frames(error.__traceback__)]
     phase = _phase(frames)
     tokens = _tokens(frames) if phase in PHASES.values() else None
-    said = (str(error).strip() or type(error).__name__).splitlines()[0]
+    said = first_line(error)
     flags = [f"--{setting.replace('_', '-')}" for setting in SETTINGS[phase] if _has(schema, setting)]
     where = ", ".join(filter(None, (phase, tokens)))
     advice = f"Lower {', '.join(flags)}, or free some memory" if flags else "Free some memory and start again"

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ppomax.errors import ProcessLost, SetupError
+from ppomax.errors import ProcessLost, SetupError, first_line
 
 T = TypeVar("T")
 
@@ -73,7 +73,7 @@ def meet(where: str, *, minutes: float) -> None:
         dist.monitored_barrier(group, timeout=timedelta(minutes=minutes), wait_all_ranks=True)
     except RuntimeError as error:
         raise ProcessLost(
-            f"{where}: not all of {size()} processes arrived within {minutes:g} minutes ({_first_line(error)}). Look "
+            f"{where}: not all of {size()} processes arrived within {minutes:g} minutes ({first_line(error)}). Look "
             "for the first error in the output of the missing one; the same command with --resume goes on from the "
             "last checkpoint"
         ) from error
@@ -176,8 +176,3 @@ def _gloo() -> Any:
 
 
 _cpu_group: tuple[Any, Any] | None = None
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

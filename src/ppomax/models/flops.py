@@ -54,7 +54,7 @@ def stack_costs(base: Any, *, split: int, token_weights: Sequence[Tensor], place
     pass) if that is trained, the gradient in its input (the same) if something below it is.
     """
     layers = _layers(base)
-    if layers is None or any(getattr(base.config, name, None) for name in EXPERTS):
+    if layers is None or has_experts(base.config):
         return Costs(Cost(), Cost(), Cost())
     learns = bool(base.get_input_embeddings().weight.requires_grad)
     trunk, forward, backward = Cost(), Cost(), Cost()
@@ -94,6 +94,11 @@ def batch_work(cost: Cost, batch: TokenBatch, *, packs: bool, places: int | None
         return work_of(cost, ((0, end) for end in lengths), slots=batch.ids_BT.numel(), places=places)
     distinct = dict(zip(batch.packing.prompt_B.tolist(), prompts, strict=True))
     return work_of(cost, [*((0, p) for p in distinct.values()), *zip(prompts, lengths, strict=True)], places=places)
+
+
+def has_experts(config: Any) -> bool:
+    """Whether a model is a mixture of experts, whose tokens read some of the parameters."""
+    return any(getattr(config, name, None) for name in EXPERTS)
 
 
 def _layer(config: Any, layer: nn.Module) -> Cost:

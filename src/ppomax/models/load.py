@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from ppomax.data.chat import prepare_tokenizer
 from ppomax.engine import world
+from ppomax.errors import first_line
 from ppomax.models.attention import attention_for
 from ppomax.models.embedded import embedded_directory
 from ppomax.models.lora import ADAPTER, has_adapters, merged_state, save_adapter
@@ -40,7 +41,7 @@ def resolve_compute(device: str, dtype: str) -> Compute:
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise SetupError(f"device '{device}' cannot be used: {str(error).splitlines()[0]}") from None
+        raise SetupError(f"device '{device}' cannot be used: {first_line(error)}") from None
     where = torch.device(device)
     if dtype == "auto":
         dtype = "bfloat16" if bfloat16_is_fast(where) else "float32"
@@ -91,7 +92,7 @@ def load_tokenizer(name: str, template: str | None = None) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
     except UNREADABLE as error:
         raise SetupError(
-            f"{name}: no tokenizer could be loaded ({_first_line(error)}). Expected tokenizer.json beside config.json"
+            f"{name}: no tokenizer could be loaded ({first_line(error)}). Expected tokenizer.json beside config.json"
         ) from None
     if len(tokenizer) == 0 or tokenizer.eos_token_id is None:
         found = "an empty vocabulary" if len(tokenizer) == 0 else "no eos token"
@@ -104,7 +105,7 @@ def load_config(name: str) -> dict[str, Any]:
     try:
         return AutoConfig.from_pretrained(model_directory(name)).to_dict()
     except UNREADABLE as error:
-        raise SetupError(f"{name}: config.json cannot be read: {_first_line(error)}") from None
+        raise SetupError(f"{name}: config.json cannot be read: {first_line(error)}") from None
 
 
 def load_causal_lm(name: str, compute: Compute) -> nn.Module:
@@ -248,7 +249,7 @@ def _load(auto: Any, name: str, compute: Compute, **options: Any) -> tuple[Any, 
                 trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **options,
             )  # fmt: skip
     except UNREADABLE as error:
-        raise SetupError(f"{name}: cannot be loaded as {auto.__name__}: {_first_line(error)}") from None
+        raise SetupError(f"{name}: cannot be loaded as {auto.__name__}: {first_line(error)}") from None
     finally:
         transformers_logging.set_verbosity(verbosity)
     # The pad id is often the eos: an embedding's padding row would get no gradient where it is read.
@@ -266,8 +267,3 @@ def _expect_all(name: str, absent: dict[str, str]) -> None:
             f"{name}: found incomplete weights ({key} {why}; {len(absent)} such in all), expected every tensor of the "
             "architecture that config.json names"
         )
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

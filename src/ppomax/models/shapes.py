@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
+from ppomax.errors import first_line
+from ppomax.models.flops import has_experts
 from ppomax.models.load import UNREADABLE, model_directory
 from ppomax.types import SetupError
 
@@ -90,7 +92,7 @@ def shape_named(name: str) -> Shape:
     except UNREADABLE as error:
         if isinstance(error, SetupError):
             raise
-        raise SetupError(f"{name}: its config.json cannot be read: {str(error).strip().splitlines()[0]}") from None
+        raise SetupError(f"{name}: its config.json cannot be read: {first_line(error)}") from None
 
 
 def shape_sized(text: str, parameters: float) -> Shape:
@@ -150,7 +152,7 @@ def shape_of(config: Any, name: str) -> Shape:
     base: Any = getattr(model, model.base_model_prefix)
     stacks = [module for module in base.children() if isinstance(module, nn.ModuleList)]
     sizes = {sum(p.numel() for p in layer.parameters()) for stack in stacks for layer in stack}
-    if len(stacks) != 1 or len(sizes) != 1 or _experts(config):
+    if len(stacks) != 1 or len(sizes) != 1 or has_experts(config):
         raise SetupError(
             f"{name}: found {type(model).__name__}, expected one stack of equal, dense decoder layers; "
             "this architecture cannot be planned"
@@ -175,7 +177,3 @@ def shape_of(config: Any, name: str) -> Shape:
         rest=sum(p.numel() for p in base.parameters()) - embedding.numel() - len(stacks[0]) * layer,
         unembedding=untied,
     )  # fmt: skip
-
-
-def _experts(config: Any) -> bool:
-    return any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))

@@ -19,12 +19,10 @@ from ppomax.config import PPOConfig
 from ppomax.engine import world
 from ppomax.stages.players import Players
 from ppomax.stages.scoring import Minibatch, plan_minibatches, read
-from ppomax.types import Experience, Prompt, Rollout, ScoredRollouts
+from ppomax.types import ROLLOUT_TENSORS, Experience, Prompt, Rollout, ScoredRollouts
 
 Part = tuple[Experience, list[Minibatch]]
 Stacked = TypeVar("Stacked", Rollout, Experience)
-# What a checkpoint keeps of a rollout; its prompts follow from the iteration's number.
-ROLLOUT = ("response_ids_BR", "length_B", "behaviour_logprobs_BR", "truncated_B", "sample_B")
 
 
 def reread(
@@ -91,7 +89,7 @@ def tensors_of(kept: Sequence[ScoredRollouts]) -> dict[str, Tensor]:
         parts = {"score": scored.score_B, "reference": scored.reference_logprobs_BR}
         parts |= {} if scored.dense_BR is None else {"dense": scored.dense_BR}
         parts |= {f"component/{name}": x for name, x in scored.components.items()}
-        parts |= {f"rollout/{name}": getattr(scored.rollout, name) for name in ROLLOUT}
+        parts |= {f"rollout/{name}": getattr(scored.rollout, name) for name in ROLLOUT_TENSORS}
         saved |= {f"{age}/{name}": x for name, x in parts.items()}
     return saved
 
@@ -101,7 +99,7 @@ def from_tensors(
 ) -> ScoredRollouts:
     """The rollout that `tensors_of` wrote in place `age`; log-probs and values are empty until they are read again."""
     parts = {name.removeprefix(f"{age}/"): x for name, x in saved.items() if name.startswith(f"{age}/")}
-    rollout = Rollout(prompts, prompt_ids, **{name: parts[f"rollout/{name}"] for name in ROLLOUT})
+    rollout = Rollout(prompts, prompt_ids, **{name: parts[f"rollout/{name}"] for name in ROLLOUT_TENSORS})
     prefix = "component/"
     components = {name.removeprefix(prefix): x for name, x in parts.items() if name.startswith(prefix)}
     empty_BR = torch.zeros_like(parts["reference"])

@@ -17,6 +17,7 @@ from ppomax.engine.durable import free_bytes
 from ppomax.engine.speed import TOKENS, copy_rate, model_shapes, peak_rate, product_rate
 from ppomax.models.embedded import cache_directory
 from ppomax.models.load import Compute, load_config, resolve_compute
+from ppomax.models.shapes import KNOWN
 
 REQUIRED = ("torch", "transformers")
 # name: (what it is for, how to get it)
@@ -35,7 +36,8 @@ LITTLE_MEMORY, LITTLE_DISK = 8 * GIB, 8 * GIB
 SECONDS_PER_MEASUREMENT = 0.5
 DTYPES = ("float32", "bfloat16")
 # smollm2-135m, which need not be converted for this.
-EMBEDDED = {"hidden_size": 576, "intermediate_size": 1536, "vocab_size": 49152}
+HIDDEN, *_, INNER, VOCABULARY, _TIED = KNOWN["135m"][1]
+EMBEDDED = {"hidden_size": HIDDEN, "intermediate_size": INNER, "vocab_size": VOCABULARY}
 
 
 def doctor(config: DoctorConfig) -> dict[str, Any]:

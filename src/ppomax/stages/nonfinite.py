@@ -13,11 +13,9 @@ from torch import Tensor
 
 from ppomax.engine.optimiser import Optimiser
 from ppomax.errors import NonFiniteError
-from ppomax.types import Experience
+from ppomax.types import ROLLOUT_TENSORS, Experience
 
 NONFINITE_IN_A_ROW = 5
-# What `replay` needs of a rollout beside its prompts' ids.
-ROLLOUT = ("response_ids_BR", "length_B", "behaviour_logprobs_BR", "truncated_B", "sample_B")
 
 
 def failures_after(failures: int, norms: Sequence[float]) -> int:
@@ -40,7 +38,7 @@ def failed_update(
     tensors = {**_weights("policy", policy), **({} if critic is None else _weights("critic", critic))}
     # As a tensor: JSON has no NaN, and a coefficient that is none may be the cause.
     tensors["coefficients"] = torch.tensor(coefficients, dtype=torch.float64)
-    tensors |= {f"rollout/{name}": getattr(part.rollout, name) for name in ROLLOUT}
+    tensors |= {f"rollout/{name}": getattr(part.rollout, name) for name in ROLLOUT_TENSORS}
     tensors |= {f"batch/{f.name}": x for f in fields(part) if isinstance(x := getattr(part, f.name), Tensor)}
     state = {
         "iteration": iteration,

@@ -17,13 +17,12 @@ from ppomax.models.players import Player, Policy, Scalar
 from ppomax.stages import reward, sft, update
 from ppomax.stages.checkpoint import player_of, put, run_settings
 from ppomax.stages.inputs import RankedTokens, Tokens, compute_of, training_of
-from ppomax.stages.nonfinite import ROLLOUT
 from ppomax.stages.players import Players
 from ppomax.stages.scoring import Microbatch, Minibatch
 from ppomax.stages.session import NONFINITE
 from ppomax.stages.sft import adamw
 from ppomax.stages.trust_region import trust_region_step
-from ppomax.types import Experience, Prompt, Rollout, SetupError, token_batch
+from ppomax.types import ROLLOUT_TENSORS, Experience, Prompt, Rollout, SetupError, token_batch
 
 Found = dict[str, Any]
 
@@ -148,7 +147,9 @@ def _loaded(player: Player, optim: Any, tensors: Mapping[str, Tensor], role: str
 
 def _experience(tensors: Mapping[str, Tensor], prompt_ids: Sequence[Sequence[int]]) -> Experience:
     prompts = tuple(Prompt((), key=str(i)) for i in range(len(prompt_ids)))
-    rollout = Rollout(prompts, tuple(map(tuple, prompt_ids)), **{name: tensors[f"rollout/{name}"] for name in ROLLOUT})
+    rollout = Rollout(
+        prompts, tuple(map(tuple, prompt_ids)), **{name: tensors[f"rollout/{name}"] for name in ROLLOUT_TENSORS}
+    )
     return Experience(rollout, **_under(tensors, "batch/"))
 
 
