@@ -102,7 +102,7 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(
 
 
 @pytest.mark.slow
-def test_sigterm_to_the_launcher_saves_in_both_and_ends_well(
+def test_sigterm_to_both_processes_saves_together_and_ends_well(
     launch: Callable[..., Launched], words: Words, uninterrupted: Callable[..., Path], tmp_path: Path
 ) -> None:
     running = launch()
@@ -116,7 +116,7 @@ def test_sigterm_to_the_launcher_saves_in_both_and_ends_well(
 
 
 @pytest.mark.faults
-def test_a_process_that_hangs_is_named(launch: Callable[..., Launched], tmp_path: Path) -> None:
+def test_the_others_give_up_on_a_process_that_hangs(launch: Callable[..., Launched], tmp_path: Path) -> None:
     running = launch("--compute.wait-minutes", "0.1", "--iterations", "500")
     running.wait_for(saved(tmp_path, 0))
     hung = running.rank(1)
@@ -126,6 +126,6 @@ def test_a_process_that_hangs_is_named(launch: Callable[..., Launched], tmp_path
         running.wait_for(lambda: "not all of 2 processes arrived" in said() or "Timed out" in said(), 120)
     finally:
         hung.resume()
-    running.end()
+    assert running.end() != 0
     # Where both wait in a sum, gloo's own message comes first.
     assert "rank" in said().lower()

@@ -17,10 +17,9 @@ from ppomax.cli import main
 from ppomax.engine.checkpoint import latest_checkpoint
 from stages.conftest import Toys, Trained
 from stages.processes import Command, rows_in
-from stages.toy import metrics, prompt_rows, same_bits, weights, write_rows
+from stages.toy import expect_equal, metrics, prompt_rows, weights, write_rows
 
 Words = Callable[[str, Path], list[str]]
-FINALS = {"sft": ("final",), "reward": ("final",), "ppo": ("final", "critic")}
 LAST_ROW = {"sft": 38, "reward": 39, "ppo": 13}
 
 
@@ -53,14 +52,6 @@ def uninterrupted(words: Words, tmp_path_factory: pytest.TempPathFactory) -> Cal
         return done[verb]
 
     return run
-
-
-def expect_equal(verb: str, a: Path, b: Path) -> None:
-    assert metrics(a) == metrics(b)
-    for folder in FINALS[verb]:
-        assert same_bits(weights(a / folder), weights(b / folder)), folder
-    if verb == "ppo":
-        assert (a / "samples.jsonl").read_bytes() == (b / "samples.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize(("verb", "number"), [("sft", 2), ("reward", 2), ("ppo", 2), ("ppo", 15)])

@@ -310,6 +310,19 @@ def first_iteration(job: Job) -> FirstIteration:
     return FirstIteration(texts, plan, scored, statistics, job.seen, experience, rewards_BR)
 
 
+# What a verb exports.
+FINALS = {"sft": ("final",), "reward": ("final",), "ppo": ("final", "critic")}
+
+
+def expect_equal(verb: str, a: Path, b: Path, *more: str) -> None:
+    """Metrics (timings aside), samples and exported weights of two runs, bit for bit; `more`: further exports."""
+    assert metrics(a) == metrics(b)
+    for folder in (*FINALS[verb], *more):
+        assert same_bits(weights(a / folder), weights(b / folder)), folder
+    if verb == "ppo":
+        assert (a / "samples.jsonl").read_bytes() == (b / "samples.jsonl").read_bytes()
+
+
 def expect_exact_resume(whole: PPOConfig, folders: Sequence[str]) -> None:
     """A run that an error of the reward ends after its second iteration goes on as if it never had been."""
     parts = whole.model_copy(update={"run_dir": whole.run_dir.with_name("parts")})

@@ -1,0 +1,210 @@
+"""The planner's bytes: against real players, optimisers, caches, batches, and what autograd keeps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaForCausalLM
+from transformers import LlamaForSequenceClassification as LlamaScalar
+
+from ppomax.config import ModelConfig, PlanConfig, SamplingConfig
+from ppomax.data.batches import prompt_batches, token_budget_batches
+from ppomax.engine.optimiser import Optimiser
+from ppomax.models.lora import Lora
+from ppomax.models.players import Policy, Scalar
+from ppomax.models.shapes import shape_sized
+from ppomax.rollout.cache import preallocated_cache
+from ppomax.stages.plan import GIB, plan
+from ppomax.stages.plan_memory import (
+    Machine,
+    Pass,
+    Role,
+    cache,
+    held,
+    layer_activations,
+    microbatch,
+    phases,
+    player_bytes,
+)
+from ppomax.types import SetupError, token_batch
+from stages.planned import CPU, OPTIMISER, numel, role, small
+
+
+@pytest.mark.parametrize(
+    "compute", [{}, {"lora_rank": 4}, {"train_layers": 1}, {"train_layers": 2, "lora_rank": 3}], ids=str
+)
+@pytest.mark.parametrize("scalar", [False, True])
+def test_trained_parameters_are_the_players(compute: dict[str, int], scalar: bool) -> None:
+    rank = compute.get("lora_rank")
+    options: dict[str, Any] = {
+        "train_layers": compute.get("train_layers"), "trained": True, "lora": Lora(rank, 16) if rank else None,
+    }  # fmt: skip
+    torch_model = LlamaScalar(small(num_labels=1)) if scalar else LlamaForCausalLM(small())
+    player = (Scalar if scalar else Policy)(torch_model, **options)
+    counted = held(role("policy", scalar=scalar), PlanConfig(compute=ModelConfig(**compute)))
+    assert counted.trained == sum(p.numel() for p in player.trained_parameters().values())
+    assert counted.owned == numel(player.model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_masters_and_moments_are_the_optimisers(dtype: torch.dtype) -> None:
+    model = LlamaForCausalLM(small()).to(dtype)
+    optimiser = Optimiser(dict(model.named_parameters()), **OPTIMISER)
+    for parameter in model.parameters():
+        parameter.grad = None
+    model(input_ids=torch.tensor([[1, 2, 3]])).logits.float().sum().backward()
+    gradients = sum(m.grad.numel() * m.grad.element_size() for m in optimiser.masters.values() if m.grad is not None)
+    optimiser.step(1e-4)
+    counted = player_bytes(role(), PlanConfig(), Machine(1, 0, dtype.itemsize, True), "none")
+    assert gradients == counted.gradients
+    # One step counter of 4 bytes for each tensor is beneath notice, and not counted.
+    counters = 4 * len(optimiser.masters)
+    weights = counted.weights if dtype == torch.float32 else counted.masters
+    assert optimiser.bytes() == weights + counted.moments + counters
+    own = {t.data_ptr(): t.numel() * t.element_size() for t in optimiser.state_tensors().values()}
+    assert sum(own.values()) == weights + counted.moments + counters
+
+
+def test_what_players_have_in_common_is_counted_once() -> None:
+    shape = role().shape
+    lora = PlanConfig(compute=ModelConfig(lora_rank=4))
+    assert held(role("reference", trained=False, same_as="policy"), lora).owned == 0
+    assert held(role("reference", trained=False), lora).owned == shape.causal
+    assert held(role("reward", scalar=True, trained=False, same_as="critic"), lora).owned == shape.hidden
+    upper = PlanConfig(compute=ModelConfig(train_layers=1))
+    assert held(role("reference", trained=False), upper).owned == shape.layer + shape.rest
+    assert held(role("reward", scalar=True, trained=False, shares_trunk=False), upper).owned == shape.scalar
+
+
+def test_directories_of_one_architecture_share_their_lower_layers(tmp_path: Path) -> None:
+    names = [str(tmp_path / name) for name in ("policy", "reward", "other")]
+    for name, layers in zip(names, (3, 3, 4), strict=True):
+        small(num_hidden_layers=layers).save_pretrained(name)
+    policy, reward, other = names
+    upper = ModelConfig(train_layers=1)
+    found = plan(PlanConfig(policy=policy, reward=(reward,), gpus="1x24g", compute=upper))
+    shape = role().shape
+    assert found["players"]["reference"]["weights"] == 2 * (shape.layer + shape.rest)
+    assert found["players"]["reward"]["weights"] == 2 * (shape.layer + shape.rest + shape.hidden)
+    with pytest.raises(SetupError, match="policy and critic of different sizes"):
+        plan(PlanConfig(policy=policy, reward=(other,), gpus="1x24g", compute=upper))
+
+
+def test_sharded_state_by_hand() -> None:
+    machine, n = Machine(8, 80 * GIB, 2, packs=False), 6_738_415_616
+    policy = Role("policy", shape_sized("7b", 7e9), False, True)
+    none, zero2, zero3 = (player_bytes(policy, PlanConfig(), machine, shard) for shard in ("none", "zero2", "zero3"))
+    assert (none.weights, none.masters, none.moments, none.gradients) == (2 * n, 4 * n, 8 * n, 4 * n)
+    for divided in (zero2, zero3):
+        assert (divided.weights, divided.masters, divided.moments) == (0, 4 * n / 8, 8 * n / 8)
+        assert divided.gradients == 4 * n / 8
+    layer = 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096
+    assert (zero2.gathered, zero3.gathered) == (2 * n, 2 * (2 * layer + 2 * 32000 * 4096))
+    frozen = Role("reference", policy.shape, False, False)
+    of_frozen = [player_bytes(frozen, PlanConfig(), machine, shard).weights for shard in ("none", "zero2", "zero3")]
+    assert of_frozen == [2 * n, 2 * n, 2 * n / 8]
+
+
+# activations, cache, batches
+
+
+class Saved:
+    """Bytes of what autograd keeps, each storage once, parameters aside."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        self.sizes: dict[int, int] = {}
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self.parameters:
+            self.sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.sizes.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rank", [None, 4])
+def test_a_layers_activations_are_what_autograd_keeps(dtype: torch.dtype, rank: int | None) -> None:
+    """A third layer's share: five responses of 24 tokens to prompts of 16, packed."""
+    kept = []
+    for layers in (2, 3):
+        model = LlamaForCausalLM(small(num_hidden_layers=layers)).to(dtype).eval()
+        policy = Policy(model, train_layers=None, trained=True, lora=Lora(rank, 16) if rank else None)
+        batch = token_batch([[i + 1] * 16 for i in range(5)], [[7] * 24] * 5)
+        saved = Saved(model)
+        with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
+            scores = policy(batch)
+        assert scores.logprobs_BT.requires_grad
+        kept.append(saved.bytes)
+    part = Pass(5, 5 * 40, 5 * 24, keys=5 * 16 + 5 * 40, scores=5 * 16 * 16 + 5 * 24 * 40, pairs=0, alone=True)
+    counted = layer_activations(role().shape, part, dtype.itemsize, rank=rank)
+    assert counted == pytest.approx(kept[1] - kept[0], rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_cache_is_the_samplers(dtype: torch.dtype) -> None:
+    policy = Policy(LlamaForCausalLM(small()).to(dtype), train_layers=None, trained=False)
+    rows, prompt, response = 6, 5, 7
+    real = preallocated_cache(3, prompt + response)
+    ids = torch.ones(rows, prompt, dtype=torch.long)
+    with torch.inference_mode():
+        policy.next_logits(ids, torch.ones_like(ids), torch.arange(prompt)[None].expand(rows, -1), real)
+    taken = sum(t.numel() * t.element_size() for layer in real.layers for t in (layer.keys, layer.values))
+    config = PlanConfig(
+        max_prompt_tokens=prompt, rollout_batch=24, minibatch=24,
+        sampling=SamplingConfig(max_new_tokens=response, max_rows=rows),
+    )  # fmt: skip
+    assert cache(role(), config, Machine(1, 0, dtype.itemsize, True)) == taken
+    # Four devices decode 24 rows six at a time as well, sixteen devices two at a time.
+    assert cache(role(), config, Machine(4, 0, dtype.itemsize, True)) == taken
+    assert cache(role(), config, Machine(16, 0, dtype.itemsize, True)) == taken / 3
+
+
+@pytest.mark.parametrize("samples", [1, 4])
+@pytest.mark.parametrize("packs", [False, True])
+@pytest.mark.parametrize("budget", [16, 100, 333, 5_000])
+def test_microbatches_are_as_large_as_the_largest_real_one(samples: int, packs: bool, budget: int) -> None:
+    P, R, minibatch = 20, 30, 16
+    prompts = [[i // samples] * P for i in range(minibatch)]
+    responses = [[1] * R for _ in range(minibatch)]
+    if packs:
+        groups = prompt_batches(prompts, responses, budget=budget)
+        real = max(len({prompts[i][0] for i in group}) * P + len(group) * R for group in groups)
+    else:
+        groups = token_budget_batches([P + R] * minibatch, budget=budget, max_rows=minibatch)
+        real = max(len(group) * (P + R) for group in groups)
+    config = PlanConfig(
+        max_prompt_tokens=P, rollout_batch=16, minibatch=minibatch, samples_per_prompt=samples,
+        sampling=SamplingConfig(max_new_tokens=R), compute=ModelConfig(tokens_per_microbatch=budget),
+    )  # fmt: skip
+    part = microbatch(config, Machine(1, 0, 4, packs))
+    # The planner fills the budget; a real microbatch of whole rows (packed: a prompt's together) falls short of it.
+    assert real <= part.tokens < real + P + R * (samples if packs else 1)
+    assert part.alone == (len(groups) == 1)
+
+
+def test_phases_add_up_and_checkpointing_keeps_less() -> None:
+    roles = [role(), role("critic", scalar=True), role("reference", trained=False), role("reward", trained=False)]
+    kept = []
+    for checkpointing in (False, True):
+        config = PlanConfig(compute=ModelConfig(gradient_checkpointing=checkpointing))
+        players = {r.name: player_bytes(r, config, CPU, "none") for r in roles}
+        found = phases(roles, players, config, CPU, "none")
+        assert {*found} == {"load", "generate", "score", "train", "save"}
+        # Masters and moments of both are less than one file, which is held twice.
+        assert found["save"]["working"] == 2 * 12 * (held(roles[0], config).trained + held(roles[1], config).trained)
+        assert found["train"]["always"] == sum(p.always for p in players.values())
+        assert found["train"]["gradients"] == players["policy"].gradients + players["critic"].gradients
+        kept.append(found["train"]["activations"])
+    config = PlanConfig()
+    layer = layer_activations(role().shape, microbatch(config, CPU), 4)
+    inputs = microbatch(config, CPU).tokens * 64 * 4
+    assert kept[0] - kept[1] == pytest.approx(3 * layer - (layer + 3 * inputs))
