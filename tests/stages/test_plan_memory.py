@@ -109,6 +109,17 @@ def test_sharded_state_by_hand() -> None:
     assert of_frozen == [2 * n, 2 * n, 2 * n / 8]
 
 
+@pytest.mark.parametrize("shard", ["zero2", "zero3"])
+def test_one_player_at_a_time_is_gathered(shard: str) -> None:
+    machine, config = Machine(4, 0, 2, packs=False), PlanConfig()
+    roles = [role(), role("critic", scalar=True), role("reference", trained=False)]
+    players = {r.name: player_bytes(r, config, machine, shard) for r in roles}
+    found = phases(roles, players, config, machine, shard)
+    assert players["critic"].gathered > 0
+    for phase in ("score", "train"):
+        assert found[phase]["gathered weights"] == max(p.gathered for p in players.values())
+
+
 # activations, cache, batches
 
 

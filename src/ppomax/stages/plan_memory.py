@@ -243,13 +243,11 @@ def phases(
     policy = roles[0]
     always = sum(player.always for player in players.values())
     sharded, part = shard != "none", microbatch(config, machine)
-    trained = [players[role.name] for role in roles if role.trained]
+    decoding = policy.parameters * machine.compute if sharded else 0.0
     if shard == "zero2":
         decoding = players["policy"].gathered
-        gathered = sum(player.gathered for player in trained)
-    else:
-        decoding = policy.parameters * machine.compute if sharded else 0.0
-        gathered = max(player.gathered for player in players.values())
+    # One player at a time: a pass without gradient gives back what it gathered, a backward pass does as well.
+    gathered = max(player.gathered for player in players.values())
     trunk = trunk_states(policy, config, machine)
     working = max(forward_working(role.shape, part, machine.compute) for role in roles)
     forward = working + vocabulary_working(policy, config, machine, trains=False)
