@@ -61,7 +61,7 @@ def test_the_chunk_size_changes_nothing_beyond_rounding(monkeypatch: pytest.Monk
     whole = token_logprobs(states, weight, bias, targets, temperature=0.6)
     for rows in (1, 4, 22):
         monkeypatch.setattr(module, "CHUNK_BYTES", rows * ROW_BYTES)
-        assert len(module._chunks(N, V)) == -(-N // rows)
+        assert len(Unembedded(states, weight, bias).chunks()) == -(-N // rows)
         torch.testing.assert_close(
             token_logprobs(states, weight, bias, targets, temperature=0.6), whole, atol=TOLERANCE, rtol=0
         )

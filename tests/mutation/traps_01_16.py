@@ -103,8 +103,8 @@ MUTATIONS = [
     ),
     Mutation(
         7, "scoring reads logits in another precision than training", "models/logprobs.py",
-        "logits = _logits(states_NH[rows], weight_VH, bias_V, 1.0)",
-        "logits = _logits(states_NH[rows], weight_VH, bias_V, 1.0).bfloat16().float()",
+        "logits = of.logits(rows, 1.0, room)",
+        "logits = of.logits(rows, 1.0, room).bfloat16().float()",
         (f"{LOGPROBS}::test_trap_07_statistics_and_training_give_the_same_bits",),
     ),
     Mutation(

@@ -34,14 +34,14 @@ MUTATIONS = [
     ),
     Mutation(
         18, "the bonus is the entropy of the eight likeliest tokens", "models/logprobs.py",
-        "        entropy = -(p * log_p).sum(-1)\n        return entropy, p.mul_",
-        "        entropy = -(p * log_p).topk(8).values.sum(-1)\n        return entropy, p.mul_",
+        "        entropy = -(p * log_p).sum(0)\n        return entropy, None",
+        "        entropy = -(p * log_p).topk(8, dim=0).values.sum(0)\n        return entropy, None",
         (f"{LOGPROBS}::test_trap_18_entropy_is_exact_over_the_vocabulary",),
     ),
     Mutation(
         18, "the entropy logged is minus the sampled log-prob", "models/logprobs.py",
-        "entropy = -(torch.exp(logits).mul_(logits)).sum(-1)",
-        "entropy = normaliser - chosen / temperature",
+        "entropies[rows] = total.log() - exponentials.mul_(logits.sub_(largest)).sum(0) / total",
+        "entropies[rows] = -logprobs[rows]",
         (f"{LOGPROBS}::test_trap_18_entropy_is_exact_over_the_vocabulary",),
     ),
     Mutation(

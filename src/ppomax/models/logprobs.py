@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 # Float32 logits held at once.
 CHUNK_BYTES = 100_000_000
@@ -22,9 +21,30 @@ class Unembedded:
     weight_VH: Tensor
     bias_V: Tensor | None = None
 
-    def logits(self, rows: slice, temperature: float) -> Tensor:
-        """Float32 logits of some rows, divided by `temperature`."""
-        return _logits(self.states_NH[rows], self.weight_VH, self.bias_V, temperature)
+    def logits(self, rows: slice, temperature: float, room: Tensor) -> Tensor:
+        """Float32 logits [V, n] of n rows, divided by `temperature`, written to the start of `room`.
+
+        The vocabulary comes first because weight · statesᵀ is the faster product on CPU, and so are sums over it.
+        """
+        logits_Vn = _view(room, self.weight_VH, rows)
+        states_Hn = self.states_NH[rows].T
+        if self.weight_VH.dtype == room.dtype:
+            torch.mm(self.weight_VH, states_Hn, out=logits_Vn)
+        else:
+            logits_Vn.copy_(torch.mm(self.weight_VH, states_Hn))
+        if self.bias_V is not None:
+            logits_Vn += self.bias_V[:, None]
+        return logits_Vn if temperature == 1.0 else logits_Vn.div_(temperature)
+
+    def chunks(self) -> list[slice]:
+        """Rows whose logits fit in CHUNK_BYTES."""
+        count, size = len(self.states_NH), max(1, CHUNK_BYTES // (4 * self.weight_VH.shape[0]))
+        return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+    def room(self) -> Tensor:
+        """Memory for the logits of one chunk, used again for the next: fresh pages cost as much as a reduction."""
+        first = next(iter(self.chunks()), slice(0, 0))
+        return torch.empty(self.weight_VH.shape[0] * first.stop, dtype=torch.float32, device=self.weight_VH.device)
 
 
 def token_logprobs(
@@ -35,13 +55,12 @@ def token_logprobs(
     d logits = one_hot(target) − softmax.
     """
 
-    def rule(logits_NV: Tensor, rows: slice, differentiate: bool) -> tuple[Tensor, Tensor | None]:
-        target, normaliser = targets_N[rows, None], logits_NV.logsumexp(-1)
-        value = logits_NV.gather(1, target)[:, 0] - normaliser
-        if not differentiate:
+    def rule(logits_Vn: Tensor, rows: slice, factor_n: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        target = targets_N[None, rows]
+        value, _, total = _log_softmax(logits_Vn, target, out=logits_Vn)
+        if factor_n is None:
             return value, None
-        slope = logits_NV.sub_(normaliser[:, None]).exp_().neg_()
-        return value, slope.scatter_add_(1, target, torch.ones_like(value[:, None]))
+        return value, logits_Vn.mul_(-factor_n / total).scatter_add_(0, target, factor_n[None])
 
     return _chunked(states_NH, weight_VH, bias_V, temperature, rule)
 
@@ -54,11 +73,11 @@ def token_entropy(
     d logits = −p · (log p + H).
     """
 
-    def rule(logits_NV: Tensor, rows: slice, differentiate: bool) -> tuple[Tensor, Tensor | None]:
-        log_p = logits_NV.sub_(logits_NV.logsumexp(-1, keepdim=True))
+    def rule(logits_Vn: Tensor, rows: slice, factor_n: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        log_p = logits_Vn.sub_(logits_Vn.logsumexp(0))
         p = log_p.exp()
-        entropy = -(p * log_p).sum(-1)
-        return entropy, p.mul_(log_p.add_(entropy[:, None])).neg_() if differentiate else None
+        entropy = -(p * log_p).sum(0)
+        return entropy, None if factor_n is None else p.mul_(log_p.add_(entropy)).mul_(-factor_n)
 
     return _chunked(states_NH, weight_VH, bias_V, temperature, rule)
 
@@ -68,16 +87,17 @@ def token_kl(of: Unembedded, against: Unembedded, *, temperature: float = 1.0) -
 
     d logits = p · (log p − log q − KL).
     """
+    room = against.room()
 
-    def rule(logits_NV: Tensor, rows: slice, differentiate: bool) -> tuple[Tensor, Tensor | None]:
+    def rule(logits_Vn: Tensor, rows: slice, factor_n: Tensor | None) -> tuple[Tensor, Tensor | None]:
         with torch.no_grad():
-            log_q = against.logits(rows, temperature)
-            difference = log_q.sub_(log_q.logsumexp(-1, keepdim=True)).neg_()
-        log_p = logits_NV.sub_(logits_NV.logsumexp(-1, keepdim=True))
+            log_q = against.logits(rows, temperature, room)
+            difference = log_q.sub_(log_q.logsumexp(0)).neg_()
+        log_p = logits_Vn.sub_(logits_Vn.logsumexp(0))
         difference += log_p
         p = log_p.exp_()
-        kl = (p * difference).sum(-1)
-        return kl, p.mul_(difference.sub_(kl[:, None])) if differentiate else None
+        kl = (p * difference).sum(0)
+        return kl, None if factor_n is None else p.mul_(difference.sub_(kl)).mul_(factor_n)
 
     return _chunked(of.states_NH, of.weight_VH, of.bias_V, temperature, rule)
 
@@ -87,27 +107,25 @@ def token_statistics(
     states_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_N: Tensor, *, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Float32 [N] each, without gradient: log-prob and exact entropy at `temperature`, log-prob at temperature 1."""
-    pieces = []
-    for rows in _chunks(len(targets_N), weight_VH.shape[0]):
-        logits = _logits(states_NH[rows], weight_VH, bias_V, 1.0)
-        chosen = logits.gather(1, targets_N[rows, None])[:, 0]
-        plain = chosen - logits.logsumexp(-1)
-        logits = logits.div_(temperature)
-        normaliser = logits.logsumexp(-1)
-        # From log-probs, not logits: their size would cancel away a small entropy's digits.
-        logits = logits.sub_(normaliser[:, None])
-        entropy = -(torch.exp(logits).mul_(logits)).sum(-1)
-        pieces.append((chosen / temperature - normaliser, entropy, plain))
-    if not pieces:
-        nothing = states_NH.new_zeros(0, dtype=torch.float32)
-        return nothing, nothing, nothing
-    logprobs, entropies, plains = (torch.cat(column) for column in zip(*pieces, strict=True))
+    logprobs, entropies, plains = torch.empty(3, len(targets_N), device=states_NH.device)
+    of = Unembedded(states_NH, weight_VH, bias_V)
+    room, spare = of.room(), of.room()
+    for rows in of.chunks():
+        logits = of.logits(rows, 1.0, room)
+        exponentials = _view(spare, weight_VH, rows)
+        plains[rows], largest, total = _log_softmax(logits, targets_N[None, rows], out=exponentials)
+        logprobs[rows] = plains[rows]
+        if temperature != 1.0:
+            logits.div_(temperature)
+            logprobs[rows], largest, total = _log_softmax(logits, targets_N[None, rows], out=exponentials)
+        # Logits less the largest: their size would cancel away a small entropy's digits.
+        entropies[rows] = total.log() - exponentials.mul_(logits.sub_(largest)).sum(0) / total
     return logprobs, entropies, plains
 
 
-# (logits [n, V] of some rows, which may be overwritten; which rows; whether to differentiate) → their values [n] and,
-# where asked for, slopes d value / d logits [n, V].
-Rule = Callable[[Tensor, slice, bool], tuple[Tensor, Tensor | None]]
+# (logits [V, n] of some rows, which may be overwritten; which rows; factors [n], or None: no slopes) → their values [n]
+# and the slopes d value / d logits [V, n] times the factors.
+Rule = Callable[[Tensor, slice, Tensor | None], tuple[Tensor, Tensor | None]]
 
 
 def _chunked(states: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, rule: Rule) -> Tensor:
@@ -129,35 +147,41 @@ class _Chunked(torch.autograd.Function):
         wants_states, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         at_once = wants_states and not (wants_weight or wants_bias)
         values = torch.empty(len(states), dtype=torch.float32, device=states.device)
+        ones = torch.ones_like(values)
         d_states = torch.empty_like(states) if at_once else None
-        for rows in _chunks(len(states), weight.shape[0]):
-            values[rows], slopes = rule(_logits(states[rows], weight, bias, temperature), rows, at_once)
+        of = Unembedded(states, weight, bias)
+        room = of.room()
+        for rows in of.chunks():
+            logits = of.logits(rows, temperature, room)
+            values[rows], slopes = rule(logits, rows, ones[rows] if at_once else None)
             if d_states is not None and slopes is not None:
-                d_states[rows] = slopes.to(weight.dtype) @ weight
+                d_states[rows] = slopes.to(weight.dtype).T @ weight
         ctx.temperature, ctx.rule, ctx.d_states = temperature, rule, d_states
         ctx.save_for_backward(*(() if at_once else (states, weight, bias)))
         return values
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        gradient = gradients[0][:, None] / ctx.temperature
+        gradient = gradients[0] / ctx.temperature
         if ctx.d_states is not None:
-            return (ctx.d_states * gradient).to(ctx.d_states.dtype), None, None, None, None
+            return (ctx.d_states * gradient[:, None]).to(ctx.d_states.dtype), None, None, None, None
         states, weight, bias = ctx.saved_tensors
         wants_states, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         d_states = torch.empty_like(states) if wants_states else None
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias else None
-        for rows in _chunks(len(states), weight.shape[0]):
-            _, slopes = ctx.rule(_logits(states[rows], weight, bias, ctx.temperature), rows, True)
-            d_logits = slopes.mul_(gradient[rows])
+        of = Unembedded(states, weight, bias)
+        room = of.room()
+        for rows in of.chunks():
+            logits = of.logits(rows, ctx.temperature, room)
+            _, slopes = ctx.rule(logits, rows, gradient[rows])
             if d_bias is not None:
-                d_bias += d_logits.sum(0)
-            d_logits = d_logits.to(weight.dtype)
+                d_bias += slopes.sum(1)
+            slopes = slopes.to(weight.dtype)
             if d_states is not None:
-                d_states[rows] = d_logits @ weight
+                d_states[rows] = slopes.T @ weight
             if d_weight is not None:
-                d_weight += d_logits.T @ states[rows]
+                _add_product(d_weight, slopes, states[rows])
         return (
             d_states,
             None if d_weight is None else d_weight.to(weight.dtype),
@@ -167,13 +191,22 @@ class _Chunked(torch.autograd.Function):
         )
 
 
-def _logits(states: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
-    logits = F.linear(states, weight, bias)
-    # .to(float32, copy) may alias a float32 tensor; F.linear's result is ours, so dividing in place is safe.
-    logits = logits.float()
-    return logits if temperature == 1.0 else logits.div_(temperature)
+def _log_softmax(logits_Vn: Tensor, target_1n: Tensor, *, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The targets' log-probs [n], the largest logits [n], the sums [n] of exp(logits − largest), written to `out`."""
+    chosen, largest = logits_Vn.gather(0, target_1n)[0], logits_Vn.amax(0)
+    total = torch.sub(logits_Vn, largest, out=out).exp_().sum(0)
+    return chosen - largest - total.log(), largest, total
 
 
-def _chunks(count: int, vocabulary: int) -> list[slice]:
-    size = max(1, CHUNK_BYTES // (4 * vocabulary))
-    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+def _add_product(sum_VH: Tensor, slopes_Vn: Tensor, states_nH: Tensor) -> None:
+    """Add slopes · states to a float32 sum, without a product of its own where the types allow it."""
+    if slopes_Vn.dtype == sum_VH.dtype:
+        sum_VH.addmm_(slopes_Vn, states_nH)
+    else:
+        sum_VH += slopes_Vn @ states_nH
+
+
+def _view(room: Tensor, weight_VH: Tensor, rows: slice) -> Tensor:
+    """The start of `room` as [V, n]."""
+    V, n = weight_VH.shape[0], rows.stop - rows.start
+    return room[: V * n].view(V, n)
