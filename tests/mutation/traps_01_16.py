@@ -42,8 +42,8 @@ MUTATIONS = [
     ),
     Mutation(
         3, "positions count the padding on the left", "rollout/sampler.py",
-        "position = (torch.arange(width, device=device)[None, :] - (width - lengths)[:, None]).clamp(min=0)",
-        "position = torch.arange(width, device=device)[None, :].expand(len(unique), -1)",
+        "(at >= 0).long(), at.clamp(min=0), prefilled)",
+        "(at >= 0).long(), (at - at[:, :1]), prefilled)",
         (f"{SAMPLER}::test_trap_03_neighbours_and_order_change_nothing",),
     ),
     Mutation(
@@ -154,9 +154,8 @@ MUTATIONS = [
     ),
     Mutation(
         9, "a response that was cut gets an eos", "rollout/sampler.py",
-        "return [Sampled(i, p, i[-1] not in eos) for i, p in zip(ids, logprobs, strict=True)]",
-        "return [\n        Sampled(i if i[-1] in eos else [*i, min(eos)], p, i[-1] not in eos)\n"
-        "        for i, p in zip(ids, logprobs, strict=True)\n    ]",
+        "results = [Sampled(ids, logprobs, i not in batch.complete)",
+        "results = [Sampled(ids if i in batch.complete else [*ids, min(eos_ids)], logprobs, i not in batch.complete)",
         (f"{SAMPLER}::test_trap_09_eos_stops_and_is_kept_and_nothing_is_appended",),
     ),
     Mutation(

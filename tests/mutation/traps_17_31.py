@@ -200,8 +200,8 @@ MUTATIONS = [
     ),
     Mutation(
         27, "as long as the limit is called truncated", "rollout/sampler.py",
-        "[Sampled(i, p, i[-1] not in eos)",
-        "[Sampled(i, p, len(i) == limit)",
+        "[Sampled(ids, logprobs, i not in batch.complete)",
+        "[Sampled(ids, logprobs, len(ids) == uniforms_BR.shape[1])",
         (f"{SAMPLER}::test_trap_27_an_eos_on_the_last_allowed_token_is_no_truncation",),
     ),
     Mutation(

@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from models.architectures import VOCABULARY, policy
 from torch import Tensor
+from transformers import Cache, DynamicCache
 
 from ppomax.models.players import Policy
-from ppomax.rollout.cache import PreallocatedLayer, preallocated_cache, row_index, select_rows, without
+from ppomax.rollout.cache import PreallocatedLayer, forget_columns, keep_rows, preallocated_cache, take_in, without
 
 TOLERANCE = 1e-5
 WIDTH, STEPS = 9, 6
@@ -41,52 +42,78 @@ def full_logits(player: Policy, ids: list[int]) -> Tensor:
     return player.model(torch.tensor([ids])).logits[0, -1]
 
 
-@torch.inference_mode()
-def test_decoding_with_the_cache_is_the_full_forward(player: Policy) -> None:
+def prefilled(player: Policy, source: list[int]) -> tuple[Cache, list[list[int]], Tensor, Tensor]:
+    """A cache of the given rows, room for two more and for STEPS tokens; their ids, where they start, their logits."""
     ids, lengths = left_padded()
     mask, position = masks(lengths)
-    cache = preallocated_cache(3, WIDTH + STEPS)
-    rows = [ids[i, WIDTH - n :].tolist() for i, n in enumerate(lengths)]
-    logits = player.next_logits(ids, mask, position, cache)
-    length = torch.tensor(lengths)
-    for step in range(STEPS):
+    cache, new, index = preallocated_cache(3, len(source) + 2, WIDTH + STEPS), DynamicCache(), torch.tensor(source)
+    logits = player.next_logits(ids, mask, position, new)
+    take_in(cache, new, index, WIDTH)
+    rows = [ids[i, WIDTH - lengths[i] :].tolist() for i in source]
+    return cache, rows, WIDTH - torch.tensor(lengths)[index], logits[index]
+
+
+def expect_steps(
+    player: Policy, cache: Cache, rows: list[list[int]], start_B: Tensor, column: int, *, steps: int
+) -> None:
+    """Some more tokens, after each of which the logits are those of the whole row read at once."""
+    for step in range(steps):
+        token = torch.tensor([(7 * step + 11 * i) % VOCABULARY for i in range(len(rows))])
+        rows[:] = [[*row, int(t)] for row, t in zip(rows, token, strict=True)]
+        mask = (torch.arange(column + 1)[None, :] >= start_B[:, None]).long()
+        logits = player.next_logits(token[:, None], mask, (column - start_B)[:, None], cache)
         assert logits.dtype == torch.float32
         for i, row in enumerate(rows):
             torch.testing.assert_close(logits[i], full_logits(player, row), atol=TOLERANCE, rtol=1e-5)
-        token = torch.tensor([(7 * step + 11 * i) % VOCABULARY for i in range(len(rows))])
-        rows = [[*row, int(t)] for row, t in zip(rows, token, strict=True)]
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
-        logits = player.next_logits(token[:, None], mask, length[:, None], cache)
-        length = length + 1
+        column += 1
+    assert cache.layers[0].get_seq_length() == column == cache.layers[2].get_seq_length()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("source", [[0, 1, 2, 3], [3, 3, 1, 1, 1], [1]])
+def test_decoding_with_the_cache_is_the_full_forward(player: Policy, source: list[int]) -> None:
+    cache, rows, start_B, logits = prefilled(player, source)
+    for i, row in enumerate(rows):
+        torch.testing.assert_close(logits[i], full_logits(player, row), atol=TOLERANCE, rtol=1e-5)
+    expect_steps(player, cache, rows, start_B, WIDTH, steps=STEPS)
     assert cache.layers[0].get_seq_length() == WIDTH + STEPS == cache.layers[2].get_max_length()
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("chosen", [[2, 0], [3, 3, 1, 1, 1], [1], [3, 2, 1, 0]])
-def test_rows_may_be_dropped_reordered_and_repeated(player: Policy, chosen: list[int]) -> None:
-    ids, lengths = left_padded()
-    mask, position = masks(lengths)
-    cache = preallocated_cache(3, WIDTH + STEPS)
-    rows = [ids[i, WIDTH - n :].tolist() for i, n in enumerate(lengths)]
-    player.next_logits(ids, mask, position, cache)
-    index = row_index(chosen, torch.device("cpu"))
-    select_rows(cache, index)
-    mask, length, rows = mask[index], torch.tensor(lengths)[index], [rows[i] for i in chosen]
-    for step in range(3):
-        token = torch.arange(len(rows)) + 20 * step + 5
-        rows = [[*row, int(t)] for row, t in zip(rows, token, strict=True)]
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
-        logits = player.next_logits(token[:, None], mask, length[:, None], cache)
-        length = length + 1
-        for i, row in enumerate(rows):
-            torch.testing.assert_close(logits[i], full_logits(player, row), atol=TOLERANCE, rtol=1e-5)
+@pytest.mark.parametrize("chosen", [[2, 0], [1], [3, 2, 1, 0]])
+def test_rows_may_be_dropped_and_reordered(player: Policy, chosen: list[int]) -> None:
+    cache, rows, start_B, _ = prefilled(player, [0, 1, 2, 3])
+    keep_rows(cache, torch.tensor(chosen))
+    expect_steps(player, cache, [rows[i] for i in chosen], start_B[chosen], WIDTH, steps=3)
+
+
+@torch.inference_mode()
+def test_rows_come_in_while_others_are_decoded_and_columns_without_a_row_go(player: Policy) -> None:
+    cache, rows, start_B, _ = prefilled(player, [0, 1, 2, 3])
+    expect_steps(player, cache, rows, start_B, WIDTH, steps=2)
+    keep_rows(cache, torch.tensor([1, 3]))  # rows of 4 and 1 tokens, two more by now
+    rows, start_B, column = [rows[1], rows[3]], start_B[[1, 3]], WIDTH + 2
+    ids = torch.tensor([[9, 8, 7], [6, 6, 5]])
+    mask, new = torch.tensor([[1, 1, 1], [0, 1, 1]]), DynamicCache()
+    player.next_logits(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), new)
+    take_in(cache, new, torch.tensor([1, 0, 1]), column)
+    rows += [[6, 5], [9, 8, 7], [6, 5]]
+    start_B = torch.cat([start_B, column - torch.tensor([2, 3, 2])])
+    expect_steps(player, cache, rows, start_B, column, steps=3)
+    free = int(start_B.min())
+    assert free == 5
+    forget_columns(cache, free)
+    expect_steps(player, cache, rows, start_B - free, column + 3 - free, steps=5)
+    # When all have gone, the next ones begin at the left again.
+    keep_rows(cache, torch.tensor([], dtype=torch.long))
+    take_in(cache, new, torch.tensor([0]), 3)
+    expect_steps(player, cache, [[9, 8, 7]], torch.tensor([0]), 3, steps=4)
 
 
 def test_a_layer_writes_in_place_and_shows_only_what_is_filled() -> None:
-    layer = PreallocatedLayer(capacity=5)
+    layer = PreallocatedLayer(rows=2, capacity=5)
     first = torch.arange(12.0).view(1, 2, 3, 2)
-    keys, values = layer.update(first, -first)
-    assert torch.equal(keys, first) and torch.equal(values, -first)
+    layer.take_in(first, -first, torch.tensor([0]), 3)
     memory = layer.keys.data_ptr()
     keys, values = layer.update(torch.full((1, 2, 1, 2), 50.0), torch.full((1, 2, 1, 2), 60.0))
     assert layer.keys.data_ptr() == memory == keys.data_ptr(), "no copy of the cache"
@@ -96,8 +123,8 @@ def test_a_layer_writes_in_place_and_shows_only_what_is_filled() -> None:
 
 
 def test_more_tokens_than_the_capacity_are_an_error() -> None:
-    layer = PreallocatedLayer(capacity=2)
-    layer.update(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2))
+    layer = PreallocatedLayer(rows=1, capacity=2)
+    layer.take_in(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2), torch.tensor([0]), 2)
     with pytest.raises(ValueError, match="found 3 tokens, expected at most its capacity of 2"):
         layer.update(torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1, 2))
 
@@ -120,10 +147,10 @@ def test_the_rows_that_stay_are_those_that_were_not_dropped(count: int, dropped:
 
 
 def test_rows_that_stay_are_not_copied() -> None:
-    layer = PreallocatedLayer(capacity=3)
+    layer = PreallocatedLayer(rows=4, capacity=3)
     x = torch.arange(24.0).view(4, 1, 3, 2)
-    layer.update(x, -x)
+    layer.take_in(x, -x, torch.arange(4), 3)
     memory = layer.keys.data_ptr()
-    layer.select(torch.tensor(without(4, [1])))
-    assert layer.keys.data_ptr() == memory and torch.equal(layer.keys, x[[0, 3, 2]])
-    assert torch.equal(layer.values, -x[[0, 3, 2]])
+    layer.keep(torch.tensor(without(4, [1])))
+    assert layer.keys.data_ptr() == memory and torch.equal(layer.keys[:3], x[[0, 3, 2]])
+    assert torch.equal(layer.values[:3], -x[[0, 3, 2]])

@@ -14,7 +14,7 @@ from models.architectures import EOS, policy, ragged
 
 from ppomax.data.chat import render_prompt
 from ppomax.models.players import Policy, at_responses
-from ppomax.rollout.collect import collect, eos_token_ids, iteration_prompts, repeated, response_texts
+from ppomax.rollout.collect import collect, eos_token_ids, iteration_prompts, repeated, response_texts, stop_check
 from ppomax.rollout.sampler import Distribution
 from ppomax.types import Message, Prompt, Rollout, token_batch
 
@@ -100,6 +100,16 @@ def test_trap_29_a_row_depends_on_its_prompt_sample_and_iteration_alone(player: 
         assert all(a != b for a, b in zip(rows(0, 1, 2, **other).values(), rows(0, 1, 2).values(), strict=True))
     twice = rows(1, 1)
     assert len({tuple(r) for r in twice.values()}) == 4, "a prompt that comes twice has four different samples"
+
+
+@pytest.mark.parametrize("string", ["ab", "é", "\n\n", "x 日本"])
+def test_a_stop_string_is_seen_with_its_last_token(tiny_tokenizer: Any, string: str) -> None:
+    stops = stop_check(tiny_tokenizer, ["never here", string])
+    assert stops is not None and stop_check(tiny_tokenizer, []) is None
+    ids = tiny_tokenizer("aba 日本 " * 20 + "e" + string + " more", add_special_tokens=False)["input_ids"]
+    said = [tiny_tokenizer.decode(ids[:n]) for n in range(len(ids) + 1)]
+    first = next(n for n, text in enumerate(said) if string in text)
+    assert [stops(ids[:n]) for n in range(1, first + 1)] == [False] * (first - 1) + [True]
 
 
 def test_texts_leave_out_special_tokens_only(tiny_tokenizer: Any) -> None:

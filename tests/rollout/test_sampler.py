@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
 from models.architectures import EOS, VOCABULARY, policy, ragged, reloaded
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Cache
 
 from ppomax.engine.randomness import uniforms_for
 from ppomax.models.players import Policy, at_responses
+from ppomax.rollout import sampler
+from ppomax.rollout.cache import forget_columns
 from ppomax.rollout.sampler import Distribution, Sampled, sample
 from ppomax.types import token_batch
 
@@ -33,11 +35,13 @@ def streams(rows: int, limit: int = LIMIT, seed: int = 1) -> Tensor:
 
 def sampled(
     player: Policy, prompts: Sequence[Sequence[int]], uniforms_BR: Tensor | None = None, *, temperature: float = 1.0,
-    max_rows: int = 64, eos: Sequence[int] = STOPS, **warp: float,
+    max_rows: int = 64, max_tokens: int | None = None, eos: Sequence[int] = STOPS,
+    stop: Callable[[Sequence[int]], bool] | None = None, **warp: float,
 ) -> list[Sampled]:  # fmt: skip
     return sample(
         player, prompts, streams(len(prompts)) if uniforms_BR is None else uniforms_BR,
-        distribution=Distribution(temperature, **warp), eos_ids=eos, max_rows=max_rows,
+        distribution=Distribution(temperature, **warp), eos_ids=eos, max_rows=max_rows, max_tokens=max_tokens,
+        stop=stop,
     )  # fmt: skip
 
 
@@ -210,7 +214,63 @@ def test_progress_counts_every_response_once(player: Policy) -> None:
         player, many_prompts(), streams(12), distribution=Distribution(), eos_ids=[EOS], max_rows=5,
         progress=counts.append,
     )  # fmt: skip
-    assert counts == [5, 5, 2]
+    assert sum(counts) == 12 and all(counts)
+
+
+def widths(player: Policy, do: Callable[[], object]) -> list[tuple[int, int]]:
+    """(rows, tokens) of every pass through the model."""
+    seen: list[tuple[int, int]] = []
+    hook = player.base.register_forward_pre_hook(
+        lambda module, given, named: seen.append(tuple(named["input_ids"].shape)), with_kwargs=True
+    )
+    do()
+    hook.remove()
+    return seen
+
+
+def test_a_row_that_has_ended_gives_its_place_to_one_that_waits(player: Policy) -> None:
+    prompts = many_prompts() * 3
+    free = sampled(player, prompts)
+    seen = widths(player, lambda: assert_same(sampled(player, prompts, max_rows=4), free))
+    steps = [rows for rows, tokens in seen if tokens == 1]
+    # A batch that waits for its slowest row needs the sum of the longest of every four.
+    assert len(steps) < 0.8 * sum(max(len(s.ids) for s in free[i : i + 4]) for i in range(0, len(free), 4))
+    assert max(steps) == 4 and sum(steps) == sum(len(s.ids) - 1 for s in free)
+
+
+def test_the_cache_is_moved_and_never_grows(player: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[int] = []
+
+    def counted(cache: Cache, columns: int) -> None:
+        moved.append(columns)
+        forget_columns(cache, columns)
+
+    monkeypatch.setattr(sampler, "forget_columns", counted)
+    prompts = many_prompts() * 3
+    assert_same(sampled(player, prompts, max_rows=3), sampled(player, prompts))
+    assert len(moved) > 2 and min(moved) > LIMIT // sampler.SPARE
+    # With the penalty, the tokens of the columns go as well.
+    penalty = {"repetition_penalty": 3.0}
+    assert_same(sampled(player, prompts, max_rows=3, **penalty), sampled(player, prompts, **penalty))
+
+
+def test_a_token_budget_takes_rows_from_the_batch(player: Policy) -> None:
+    prompts = many_prompts()
+    longest = max(map(len, prompts)) + LIMIT + LIMIT // sampler.SPARE
+    expected = sampled(player, prompts)
+    for tokens, rows in ((1, 1), (longest - 1, 1), (2 * longest, 2), (5 * longest + 3, 5)):
+        seen = widths(player, lambda t=tokens: assert_same(sampled(player, prompts, max_tokens=t), expected))
+        assert max(width for width, length in seen if length == 1) == rows
+
+
+def test_a_stop_ends_a_response_that_is_then_complete(player: Policy) -> None:
+    prompts = many_prompts()
+    free = sampled(player, prompts, eos=())
+    pair = free[0].ids[4:6]
+    found = sampled(player, prompts, eos=(), stop=lambda ids: list(ids[-2:]) == pair)
+    assert found[0].ids == free[0].ids[:6] and not found[0].truncated
+    for a, b in zip(found, free, strict=True):
+        assert a.ids == b.ids[: len(a.ids)] and a.truncated == (a.ids[-2:] != pair)
 
 
 def test_no_prompts_no_responses(player: Policy) -> None:

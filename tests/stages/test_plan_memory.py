@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaForCausalLM
+from transformers import DynamicCache, LlamaForCausalLM
 from transformers import LlamaForSequenceClassification as LlamaScalar
 
 from ppomax.config import ModelConfig, PlanConfig, SamplingConfig
@@ -17,7 +17,8 @@ from ppomax.engine.optimiser import Optimiser
 from ppomax.models.lora import Lora
 from ppomax.models.players import Policy, Scalar
 from ppomax.models.shapes import shape_sized
-from ppomax.rollout.cache import preallocated_cache
+from ppomax.rollout.cache import preallocated_cache, take_in
+from ppomax.rollout.sampler import SPARE, cache_shape
 from ppomax.stages.plan import GIB, plan
 from ppomax.stages.plan_memory import (
     Machine,
@@ -164,19 +165,28 @@ def test_a_layers_activations_are_what_autograd_keeps(dtype: torch.dtype, rank: 
 def test_the_cache_is_the_samplers(dtype: torch.dtype) -> None:
     policy = Policy(LlamaForCausalLM(small()).to(dtype), train_layers=None, trained=False)
     rows, prompt, response = 6, 5, 7
-    real = preallocated_cache(3, prompt + response)
-    ids = torch.ones(rows, prompt, dtype=torch.long)
-    with torch.inference_mode():
-        policy.next_logits(ids, torch.ones_like(ids), torch.arange(prompt)[None].expand(rows, -1), real)
-    taken = sum(t.numel() * t.element_size() for layer in real.layers for t in (layer.keys, layer.values))
+    real, spare = [], response // SPARE
+    for waiting in (0, 1):
+        shape = cache_shape(rows + waiting, prompt, response, max_rows=rows, max_tokens=None)
+        assert shape == (rows, prompt + response + waiting * spare)
+        made, prefilled = preallocated_cache(3, *shape), DynamicCache()
+        ids = torch.ones(rows, prompt, dtype=torch.long)
+        with torch.inference_mode():
+            policy.next_logits(ids, torch.ones_like(ids), torch.arange(prompt)[None].expand(rows, -1), prefilled)
+            take_in(made, prefilled, torch.arange(rows), prompt)
+        real.append(sum(t.numel() * t.element_size() for layer in made.layers for t in (layer.keys, layer.values)))
+    alone, taken = real
     config = PlanConfig(
         max_prompt_tokens=prompt, rollout_batch=24, minibatch=24,
         sampling=SamplingConfig(max_new_tokens=response, max_rows=rows),
     )  # fmt: skip
     assert cache(role(), config, Machine(1, 0, dtype.itemsize, True)) == taken
-    # Four devices decode 24 rows six at a time as well, sixteen devices two at a time.
-    assert cache(role(), config, Machine(4, 0, dtype.itemsize, True)) == taken
-    assert cache(role(), config, Machine(16, 0, dtype.itemsize, True)) == taken / 3
+    # Four devices decode 24 rows six at a time, so that nobody waits; sixteen devices two at a time.
+    assert cache(role(), config, Machine(4, 0, dtype.itemsize, True)) == alone
+    assert cache(role(), config, Machine(16, 0, dtype.itemsize, True)) == alone / 3
+    # A third of the tokens, a third of the rows.
+    narrow = config.model_copy(update={"sampling": config.sampling.model_copy(update={"max_cache_tokens": 2 * 13})})
+    assert cache(role(), narrow, Machine(1, 0, dtype.itemsize, True)) == taken / 3
 
 
 @pytest.mark.parametrize("samples", [1, 4])

@@ -213,6 +213,15 @@ class SamplingConfig(Schema):
     max_rows: int = Field(
         default=64, ge=1, description="Sequences decoded side by side. Bounds memory, not the result."
     )
+    max_cache_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Hold keys and values of at most so many tokens while decoding: fewer rows side by side where"
+        " sequences are long. None: max_rows alone decides.",
+    )
+    stop: tuple[Annotated[str, Field(min_length=1)], ...] = Field(
+        default=(), description="A response also ends when its text contains one of these, which stays in it."
+    )
     engine: Literal["native", "vllm"] = Field(
         default="native",
         description="Who samples: native, or vllm, an engine in this process that gets the policy's weights before each"

@@ -1,4 +1,7 @@
-"""A key/value cache that is allocated once, written in place, and whose rows can be kept, dropped or repeated."""
+"""A key/value cache that is allocated once and written in place, whose rows come and go while others are decoded.
+
+All rows end at the same column, where the next token goes; each begins where its own prompt begins.
+"""
 
 from __future__ import annotations
 
@@ -12,34 +15,44 @@ from transformers.cache_utils import CacheLayerMixin
 
 
 class PreallocatedLayer(CacheLayerMixin):
-    """Keys and values [B, heads, capacity, D]; attention sees the filled part only, as a view."""
+    """Keys and values [rows, heads, capacity, D]; attention sees `count` rows and `filled` columns, as a view."""
 
     is_sliding = False
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, rows: int, capacity: int) -> None:
         super().__init__()
-        self.capacity, self.filled = capacity, 0
+        self.rows, self.capacity = rows, capacity
+        self.count = self.filled = 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        shape = (*key_states.shape[:2], self.capacity)
+        shape = (self.rows, key_states.shape[1], self.capacity)
         self.keys = key_states.new_zeros((*shape, key_states.shape[-1]))
         self.values = value_states.new_zeros((*shape, value_states.shape[-1]))
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
+    def _stored(self) -> tuple[Tensor, Tensor]:
         assert self.keys is not None and self.values is not None
+        return self.keys, self.values
+
+    def take_in(self, keys: Tensor, values: Tensor, source_N: Tensor, column: int) -> None:
+        """N more rows, which end before `column`: copies of the rows `source_N` of keys and values [., heads, T, D]."""
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        end = self.count + len(source_N)
+        for stored, new in zip(self._stored(), (keys, values), strict=True):
+            stored[self.count : end, :, column - new.shape[2] : column] = new.index_select(0, source_N)
+        self.count, self.filled = end, column
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         start, end = self.filled, self.filled + key_states.shape[-2]
         if end > self.capacity:  # a slice past the end would drop the token without a word
             raise ValueError(f"cache: found {end} tokens, expected at most its capacity of {self.capacity}")
-        self.keys[:, :, start:end] = key_states
-        self.values[:, :, start:end] = value_states
+        keys, values = self._stored()
+        keys[: self.count, :, start:end] = key_states
+        values[: self.count, :, start:end] = value_states
         self.filled = end
-        if start == 0:  # dense tensors, which batched products read without a copy
-            return key_states, value_states
-        return self.keys[:, :, :end], self.values[:, :, :end]
+        return keys[: self.count, :, :end], values[: self.count, :, :end]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.filled + int(query_length), 0
@@ -52,28 +65,48 @@ class PreallocatedLayer(CacheLayerMixin):
 
     get_max_cache_shape = get_max_length
 
-    def select(self, rows: Tensor) -> None:
-        """Keep the given rows, in the given order; one may be repeated. Rows that stay where they are cost nothing."""
-        assert self.keys is not None and self.values is not None
-        if len(rows) > len(self.keys):
-            self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
-            return
+    def keep(self, rows: Tensor) -> None:
+        """Keep the given rows, each once, in the given order. Those that stay where they are cost nothing."""
         moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero()[:, 0]
-        for tensor in (self.keys, self.values):
-            tensor[moved] = tensor[rows[moved]]
-        self.keys, self.values = self.keys[: len(rows)], self.values[: len(rows)]
+        for stored in self._stored():
+            stored[moved] = stored[rows[moved]]
+        self.count = len(rows)
+
+    def forget(self, columns: int) -> None:
+        """Drop the leftmost columns, which no row uses any more."""
+        for stored in self._stored():
+            used = stored[: self.count, :, columns : self.filled].clone()
+            stored[: self.count, :, : self.filled - columns] = used
+        self.filled -= columns
 
 
-def preallocated_cache(layers: int, capacity: int) -> Cache:
-    """A cache for `layers` layers of `capacity` tokens."""
-    return Cache(layers=[PreallocatedLayer(capacity) for _ in range(layers)])
+def preallocated_cache(layers: int, rows: int, capacity: int) -> Cache:
+    """A cache for `layers` layers of `rows` rows of `capacity` tokens."""
+    return Cache(layers=[PreallocatedLayer(rows, capacity) for _ in range(layers)])
 
 
-def select_rows(cache: Cache, rows: Tensor) -> None:
+def layers_of(cache: Cache) -> list[PreallocatedLayer]:
+    """The layers of a preallocated cache."""
+    return cache.layers  # type: ignore[return-value]
+
+
+def take_in(cache: Cache, prefilled: Cache, source_N: Tensor, column: int) -> None:
+    """More rows, which end before `column`: copies of the rows `source_N` of a cache that was just prefilled."""
+    for layer, new in zip(layers_of(cache), prefilled.layers, strict=True):
+        assert isinstance(new.keys, Tensor) and isinstance(new.values, Tensor)
+        layer.take_in(new.keys, new.values, source_N, column)
+
+
+def keep_rows(cache: Cache, rows: Tensor) -> None:
     """Keep the given rows of every layer, in the given order."""
-    for layer in cache.layers:
-        assert isinstance(layer, PreallocatedLayer)
-        layer.select(rows)
+    for layer in layers_of(cache):
+        layer.keep(rows)
+
+
+def forget_columns(cache: Cache, columns: int) -> None:
+    """Drop the leftmost columns of every layer."""
+    for layer in layers_of(cache):
+        layer.forget(columns)
 
 
 def without(count: int, dropped: Sequence[int]) -> list[int]:
@@ -81,8 +114,3 @@ def without(count: int, dropped: Sequence[int]) -> list[int]:
     gone = set(dropped)
     last = iter([row for row in range(count - 1, -1, -1) if row not in gone])
     return [next(last) if row in gone else row for row in range(count - len(gone))]
-
-
-def row_index(rows: list[int], device: torch.device) -> Tensor:
-    """Row numbers as an index tensor."""
-    return torch.tensor(rows, dtype=torch.long, device=device)

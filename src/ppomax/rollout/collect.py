@@ -42,20 +42,21 @@ def repeated(indices: Sequence[int], samples: int) -> tuple[list[int], list[int]
 def collect(
     policy: Policy, prompts: Sequence[Prompt], prompt_ids: Sequence[tuple[int, ...]], indices: Sequence[int],
     *, samples: int, iteration: int, seed: int, limit: int, distribution: Distribution, eos_ids: Sequence[int],
-    max_rows: int, progress: Callable[[int], None] | None = None, clock: Clock | None = None, part: slice = slice(None),
+    max_rows: int, max_tokens: int | None = None, stop: Callable[[Sequence[int]], bool] | None = None,
+    progress: Callable[[int], None] | None = None, clock: Clock | None = None, part: slice = slice(None),
     engine: VLLM | None = None,
 ) -> Rollout:  # fmt: skip
     """Sample `samples` responses of at most `limit` tokens for each of the given prompts; `part`: of some rows only.
 
-    engine: who samples instead of the native sampler; it has its own `max_rows`.
+    engine: who samples instead of the native sampler; it has its own `max_rows`, and knows no `stop`.
     """
     rows, numbers = (row[part] for row in repeated(indices, samples))
     ids = [prompt_ids[i] for i in rows]
     if engine is None:
         uniforms_BR = uniforms_for(seed, iteration, rows, numbers, limit)
         sampled = sample(
-            policy, ids, uniforms_BR, distribution=distribution, eos_ids=eos_ids, max_rows=max_rows, progress=progress,
-            clock=clock,
+            policy, ids, uniforms_BR, distribution=distribution, eos_ids=eos_ids, max_rows=max_rows,
+            max_tokens=max_tokens, stop=stop, progress=progress, clock=clock,
         )  # fmt: skip
     else:
         seeds = seeds_for(seed, iteration, rows, numbers)
@@ -87,3 +88,17 @@ def eos_token_ids(model, tokenizer) -> list[int]:
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ids.update([configured] if isinstance(configured, int) else configured or [])
     return sorted(ids)
+
+
+def stop_check(tokenizer, strings: Sequence[str]) -> Callable[[Sequence[int]], bool] | None:
+    """Whether the text of a response's ids contains one of some strings; asked after every token. None: no strings."""
+    if not strings:
+        return None
+    # A token is at least a byte, and the last one alone can be new. A tail that begins inside a character spoils that.
+    longest = max(len(string.encode()) for string in strings) + 4
+
+    def stops(ids: Sequence[int]) -> bool:
+        text = tokenizer.decode(list(ids[-longest:]), skip_special_tokens=False)
+        return any(string in text for string in strings)
+
+    return stops

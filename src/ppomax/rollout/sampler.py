@@ -1,23 +1,34 @@
 """The native sampler: prompts in, sampled ids out, one random stream per sequence.
 
 A token is drawn by inverting the cumulative distribution at the sequence's own uniform number, so a sequence does not
-depend on its neighbours, the batch size or the process count. Finished rows leave the decode batch.
+depend on its neighbours, the batch size or the process count. Finished rows leave the batch, and new ones come in.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    DynamicCache,
+    LogitsProcessorList,
+    RepetitionPenaltyLogitsProcessor,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from ppomax.models.flops import work_of
 from ppomax.models.players import Policy
 from ppomax.monitor.clock import Clock
-from ppomax.rollout.cache import preallocated_cache, row_index, select_rows, without
+from ppomax.rollout.cache import forget_columns, keep_rows, preallocated_cache, take_in, without
+
+# Prefilling a few rows reads all weights as decoding a token does, so places are left empty until an eighth is free.
+REFILL = 8
+# Columns of the cache beyond the longest sequence, by the length limit: how seldom it is moved to the left.
+SPARE = 4
 
 
 @dataclass(frozen=True)
@@ -44,6 +55,20 @@ class Distribution:
         return any(option is not None for option in (self.top_p, self.top_k, self.repetition_penalty))
 
 
+def cache_shape(sequences: int, prompt: int, limit: int, *, max_rows: int, max_tokens: int | None) -> tuple[int, int]:
+    """Rows and columns of the cache for prompts of at most `prompt` tokens and `limit` more."""
+    columns = prompt + limit
+    rows = _rows(columns, max_rows, max_tokens)
+    if sequences > rows:
+        columns += max(limit // SPARE, 1)
+        rows = _rows(columns, max_rows, max_tokens)
+    return min(rows, sequences), columns
+
+
+def _rows(columns: int, max_rows: int, max_tokens: int | None) -> int:
+    return max_rows if max_tokens is None else max(1, min(max_rows, max_tokens // columns))
+
+
 @torch.inference_mode()
 def sample(
     policy: Policy,
@@ -53,96 +78,140 @@ def sample(
     distribution: Distribution,
     eos_ids: Sequence[int],
     max_rows: int,
+    max_tokens: int | None = None,
+    stop: Callable[[Sequence[int]], bool] | None = None,
     progress: Callable[[int], None] | None = None,
     clock: Clock | None = None,
 ) -> list[Sampled]:
-    """One response per entry of `prompts` (token ids; equal prompts are prefilled once).
+    """One response per entry of `prompts` (token ids; equal prompts that come in together are prefilled once).
 
-    uniforms_BR: float32 [B, R] in [0, 1), R = length limit. max_rows: sequences side by side. progress: called with
-    the number of newly finished responses. clock: told what prefill and decoding took.
+    uniforms_BR: float32 [B, R] in [0, 1), R = length limit. max_rows: sequences side by side. max_tokens: of the cache.
+    stop: whether a response so far is complete, beside `eos_ids`. progress: called with the number of newly finished
+    responses. clock: told what prefill and decoding took.
     """
-    order = sorted(range(len(prompts)), key=lambda i: (len(prompts[i]), tuple(prompts[i])))
-    results: list[Sampled | None] = [None] * len(prompts)
+    if not prompts:
+        return []
+    clock, cost = clock or Clock(), policy.costs.trunk + policy.costs.forward
+    # Longest first, so that whoever comes in later fits into the columns of the first; equal ones together.
+    waiting = deque(sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), tuple(prompts[i]), i)))
+    rows, columns = cache_shape(
+        len(prompts), len(prompts[waiting[0]]), uniforms_BR.shape[1], max_rows=max_rows, max_tokens=max_tokens
+    )
+    batch = _Batch(policy, prompts, uniforms_BR.to(policy.device), distribution, set(eos_ids), stop, rows, columns)
     with policy.decoding():
-        for start in range(0, len(order), max_rows):
-            rows = order[start : start + max_rows]
-            decoded = _decode(
-                policy, [prompts[i] for i in rows], uniforms_BR[rows], distribution, set(eos_ids), clock or Clock()
-            )
-            for i, sampled in zip(rows, decoded, strict=True):
-                results[i] = sampled
-            if progress is not None:
-                progress(len(rows))
-    return [r for r in results if r is not None]
-
-
-def _decode(
-    policy: Policy, prompts: list[Sequence[int]], uniforms_BR: Tensor, distribution: Distribution, eos: set[int],
-    clock: Clock,
-) -> list[Sampled]:  # fmt: skip
-    device = policy.device
-    limit, width = uniforms_BR.shape[1], max(len(p) for p in prompts)
-    cache = preallocated_cache(policy.model.config.num_hidden_layers, width + limit)  # type: ignore[union-attr]
-    cost = policy.costs.trunk + policy.costs.forward
-    distinct = {tuple(p) for p in prompts}
-    read = work_of(cost, ((0, len(p)) for p in distinct), slots=len(distinct) * width, places=len(distinct))
-    with clock("generate/prefill", read):
-        prefilled = _prefill(policy, prompts, width, cache, device)
-    with clock("generate/decode"):
-        sampled = _continue(policy, uniforms_BR.to(device), distribution, eos, cache, *prefilled)
+        while waiting or batch.alive:
+            coming = [waiting.popleft() for _ in range(min(len(waiting), rows - len(batch.alive)))]
+            distinct = {tuple(prompts[i]) for i in coming}
+            slots = len(distinct) * max(map(len, distinct), default=0)
+            read = work_of(cost, ((0, len(p)) for p in distinct), slots=slots, places=len(distinct))
+            with clock("generate/prefill", read):
+                batch.take_in(coming)
+            with clock("generate/decode"):
+                while batch.alive and (not waiting or rows - len(batch.alive) < max(1, rows // REFILL)):
+                    ended = batch.step()
+                    if progress is not None and ended:
+                        progress(ended)
+    results = [Sampled(ids, logprobs, i not in batch.complete) for i, (ids, logprobs) in enumerate(batch.responses)]
     # The last token of a response is drawn and not read.
-    spans = [(len(p), len(p) + len(s.ids) - 1) for p, s in zip(prompts, sampled, strict=True)]
-    clock.count("generate/decode", work_of(cost, spans, places=sum(len(s.ids) - 1 for s in sampled)))
-    return sampled
+    spans = [(len(p), len(p) + len(s.ids) - 1) for p, s in zip(prompts, results, strict=True)]
+    clock.count("generate/decode", work_of(cost, spans, places=sum(len(s.ids) - 1 for s in results)))
+    return results
 
 
-def _continue(
-    policy: Policy, uniforms_BR: Tensor, distribution: Distribution, eos: set[int], cache: Any, logits_BV: Tensor,
-    mask_BS: Tensor, length_B: Tensor, history: Tensor | None,
-) -> list[Sampled]:  # fmt: skip
-    """Responses to prompts that are prefilled."""
-    B, limit = uniforms_BR.shape
-    ids: list[list[int]] = [[] for _ in range(B)]
-    logprobs: list[list[float]] = [[] for _ in range(B)]
-    alive = list(range(B))
-    for r in range(limit):
-        token_B, logprob_B = draw(logits_BV, uniforms_BR[alive, r], distribution, history)
+class _Batch:
+    """The rows that are decoded side by side, by the number of their prompt.
+
+    A row's tokens stand in the columns `start_B` to `column` of the cache; whatever is left of them is masked.
+    """
+
+    def __init__(
+        self, policy: Policy, prompts: Sequence[Sequence[int]], uniforms_BR: Tensor, distribution: Distribution,
+        eos: set[int], stop: Callable[[Sequence[int]], bool] | None, rows: int, columns: int,
+    ) -> None:  # fmt: skip
+        self.policy, self.prompts, self.uniforms_BR, self.distribution = policy, prompts, uniforms_BR, distribution
+        self.eos, self.stop, self.columns = eos, stop, columns
+        self.cache = preallocated_cache(policy.model.config.num_hidden_layers, rows, columns)  # type: ignore[union-attr]
+        self.responses: list[tuple[list[int], list[float]]] = [([], []) for _ in prompts]
+        self.complete: set[int] = set()
+        self.alive: list[int] = []
+        self.column = 0
+        device = uniforms_BR.device
+        self.start_B = torch.empty(0, dtype=torch.long, device=device)
+        self.logits_BV = torch.empty(0, 0, device=device)
+        # All columns' tokens, where something counts them.
+        self.history_BS: Tensor | None = None
+
+    def take_in(self, coming: Sequence[int]) -> None:
+        """Prefill more prompts, left-padded, once each; rows of equal prompts are copies of the first."""
+        if not coming:
+            return
+        device = self.start_B.device
+        unique: dict[tuple[int, ...], int] = {}
+        source_N = torch.tensor([unique.setdefault(tuple(self.prompts[i]), len(unique)) for i in coming], device=device)
+        lengths = torch.tensor([len(p) for p in unique], device=device)
+        width = int(lengths.max())
+        self.column = self.column if self.alive else width
+        # Padding repeats the row's first token, so that nothing depends on a pad id.
+        padded = torch.tensor([[p[0]] * (width - len(p)) + list(p) for p in unique], device=device)
+        at = torch.arange(width, device=device)[None, :] - (width - lengths)[:, None]
+        prefilled = DynamicCache()
+        logits = self.policy.next_logits(padded, (at >= 0).long(), at.clamp(min=0), prefilled)[source_N]
+        take_in(self.cache, prefilled, source_N, self.column)
+        if self.distribution.repetition_penalty is not None:
+            before = padded[:, :1].expand(-1, self.column - width)
+            rows = torch.cat([before, padded], dim=1)[source_N]
+            self.history_BS = torch.cat([self.history_BS, rows]) if self.alive and self.history_BS is not None else rows
+        self.start_B = torch.cat([self.start_B, self.column - lengths[source_N]])
+        self.logits_BV = torch.cat([self.logits_BV, logits]) if self.alive else logits
+        self.alive += coming
+
+    def step(self) -> int:
+        """Draw a token for every row, and read those of the rows that go on; returns how many ended."""
+        drawn = [len(self.responses[i][0]) for i in self.alive]
+        token_B, logprob_B = draw(
+            self.logits_BV, self.uniforms_BR[self.alive, drawn], self.distribution, self.history_BS
+        )
         ended = []
-        for row, (token, logprob) in enumerate(zip(token_B.tolist(), logprob_B.tolist(), strict=True)):
-            ids[alive[row]].append(token)
-            logprobs[alive[row]].append(logprob)
-            if token in eos:
+        for row, (i, token, logprob) in enumerate(zip(self.alive, token_B.tolist(), logprob_B.tolist(), strict=True)):
+            ids, logprobs = self.responses[i]
+            ids.append(token)
+            logprobs.append(logprob)
+            if token in self.eos or (self.stop is not None and self.stop(ids)):
+                self.complete.add(i)
+            if i in self.complete or len(ids) == self.uniforms_BR.shape[1]:
                 ended.append(row)
-        if len(ended) == len(alive) or r + 1 == limit:
-            break
         if ended:
-            keep = without(len(alive), ended)
-            index = row_index(keep, uniforms_BR.device)
-            select_rows(cache, index)
-            token_B, mask_BS, length_B = token_B[index], mask_BS[index], length_B[index]
-            history = history[index] if history is not None else None
-            alive = [alive[row] for row in keep]
-        mask_BS = torch.cat([mask_BS, mask_BS.new_ones(len(alive), 1)], dim=1)
-        if history is not None:
-            history = torch.cat([history, token_B[:, None]], dim=1)
-        logits_BV = policy.next_logits(token_B[:, None], mask_BS, length_B[:, None], cache)
-        length_B = length_B + 1
-    return [Sampled(i, p, i[-1] not in eos) for i, p in zip(ids, logprobs, strict=True)]
+            token_B = token_B[self._drop(ended)]
+        if self.alive:
+            self._read(token_B)
+        return len(ended)
 
+    def _drop(self, ended: Sequence[int]) -> Tensor:
+        """Let rows go; returns those that stay."""
+        keep = without(len(self.alive), ended)
+        index = torch.tensor(keep, dtype=torch.long, device=self.start_B.device)
+        keep_rows(self.cache, index)
+        self.alive = [self.alive[row] for row in keep]
+        self.start_B, self.logits_BV = self.start_B[index], self.logits_BV[index]
+        self.history_BS = None if self.history_BS is None else self.history_BS[index]
+        return index
 
-def _prefill(policy, prompts, width, cache, device):
-    """Left-padded prompts through the model once each; rows of equal prompts are copies of the first."""
-    unique: dict[tuple[int, ...], int] = {}
-    source = [unique.setdefault(tuple(p), len(unique)) for p in prompts]
-    lengths = torch.tensor([len(p) for p in unique], device=device)
-    # Padding repeats the row's first token, so that nothing depends on a pad id.
-    padded = torch.tensor([[p[0]] * (width - len(p)) + list(p) for p in unique], device=device)
-    mask = torch.arange(width, device=device)[None, :] >= (width - lengths)[:, None]
-    position = (torch.arange(width, device=device)[None, :] - (width - lengths)[:, None]).clamp(min=0)
-    logits = policy.next_logits(padded, mask.long(), position, cache)
-    index = row_index(source, device)
-    select_rows(cache, index)
-    return logits[index], mask.long()[index], lengths[index], padded[index]
+    def _read(self, token_B: Tensor) -> None:
+        """One column more, and the logits after it."""
+        if self.column == self.columns:
+            self._forget(int(self.start_B.min()))
+        if self.history_BS is not None:
+            self.history_BS = torch.cat([self.history_BS, token_B[:, None]], dim=1)
+        mask_BS = torch.arange(self.column + 1, device=token_B.device)[None, :] >= self.start_B[:, None]
+        position_B = self.column - self.start_B
+        self.logits_BV = self.policy.next_logits(token_B[:, None], mask_BS.long(), position_B[:, None], self.cache)
+        self.column += 1
+
+    def _forget(self, columns: int) -> None:
+        """Make room on the right: nothing that lives stands in the leftmost columns."""
+        forget_columns(self.cache, columns)
+        self.start_B, self.column = self.start_B - columns, self.column - columns
+        self.history_BS = None if self.history_BS is None else self.history_BS[:, columns:]
 
 
 def draw(

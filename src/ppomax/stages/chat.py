@@ -15,7 +15,7 @@ from ppomax.config import ChatConfig, SamplingConfig
 from ppomax.data.chat import fit_prompt, render_prompt
 from ppomax.models.load import context_length, load_causal_lm, load_tokenizer
 from ppomax.models.players import Policy
-from ppomax.rollout.collect import collect, eos_token_ids, response_texts
+from ppomax.rollout.collect import collect, eos_token_ids, response_texts, stop_check
 from ppomax.rollout.sampler import Distribution
 from ppomax.stages.inputs import compute_of, expect_native
 from ppomax.types import DataError, Message, Prompt, SetupError
@@ -71,6 +71,7 @@ def reply(speaker: Speaker, message: str, sampling: SamplingConfig, seed: int, *
             sampling.temperature, sampling.top_p, sampling.top_k, sampling.repetition_penalty
         ),
         eos_ids=eos_token_ids(speaker.policy.model, speaker.tokenizer), max_rows=1,
+        stop=stop_check(speaker.tokenizer, sampling.stop),
     )  # fmt: skip
     text = response_texts(speaker.tokenizer, rollout)[0]
     speaker.history = [*turns, Message(role="assistant", content=text)]

@@ -25,7 +25,7 @@ from ppomax.rewards.callables import RewardFunction, call, load_function, shared
 from ppomax.rewards.model import RewardModel
 from ppomax.rl.kl import k1
 from ppomax.rl.masked import masked_sum
-from ppomax.rollout.collect import collect, eos_token_ids, response_texts
+from ppomax.rollout.collect import collect, eos_token_ids, response_texts, stop_check
 from ppomax.rollout.sampler import Distribution
 from ppomax.stages.inputs import compute_of, context_limit, expect_native, fitted_prompts, required
 from ppomax.stages.players import load_reward_model
@@ -132,6 +132,7 @@ def _answer(
     rollout = collect(
         policy, prompts, ids, range(len(prompts)), samples=samples, iteration=RANDOM_PURPOSE, seed=config.seed,
         limit=sampling.max_new_tokens, eos_ids=eos_token_ids(policy.model, tokenizer), max_rows=sampling.max_rows,
+        max_tokens=sampling.max_cache_tokens, stop=stop_check(tokenizer, sampling.stop),
         distribution=Distribution(sampling.temperature, sampling.top_p, sampling.top_k, sampling.repetition_penalty),
         progress=advance,
     )  # fmt: skip

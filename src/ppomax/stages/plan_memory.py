@@ -14,6 +14,7 @@ from ppomax.engine.checkpoint import FILE_BYTES
 from ppomax.models.attention import LONGEST_FOLDED
 from ppomax.models.logprobs import CHUNK_BYTES
 from ppomax.models.shapes import Shape
+from ppomax.rollout.sampler import cache_shape
 
 FLOAT32 = 4
 
@@ -169,12 +170,21 @@ def vocabulary_working(role: Role, config: PlanConfig, machine: Machine, *, trai
 
 def cache(role: Role, config: PlanConfig, machine: Machine) -> float:
     """Bytes of the key/value cache of the rows that one device decodes side by side."""
-    return rows_decoded(config, machine) * _longest(config) * role.shape.kv_elements * machine.compute
+    rows, columns = _cache_shape(config, machine)
+    return rows * columns * role.shape.kv_elements * machine.compute
 
 
 def rows_decoded(config: PlanConfig, machine: Machine) -> int:
     """Rows side by side on one device."""
-    return min(config.sampling.max_rows, math.ceil(config.rollout_batch / machine.count))
+    return _cache_shape(config, machine)[0]
+
+
+def _cache_shape(config: PlanConfig, machine: Machine) -> tuple[int, int]:
+    sampling, sequences = config.sampling, math.ceil(config.rollout_batch / machine.count)
+    return cache_shape(
+        sequences, config.max_prompt_tokens, sampling.max_new_tokens, max_rows=sampling.max_rows,
+        max_tokens=sampling.max_cache_tokens,
+    )  # fmt: skip
 
 
 def decode_working(role: Role, config: PlanConfig, machine: Machine) -> float:

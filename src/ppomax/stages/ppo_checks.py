@@ -84,8 +84,12 @@ def _process_conflicts(config: PPOConfig) -> list[Conflict]:
 
 
 def _sampling_conflicts(config: PPOConfig) -> list[Conflict]:
-    engine, temperature = config.sampling.engine, config.sampling.temperature
+    sampling, engine, temperature = config.sampling, config.sampling.engine, config.sampling.temperature
     return [
+        (engine == "vllm" and bool(sampling.stop), "sampling.stop",
+         f"{list(sampling.stop)} with sampling.engine vllm, which is given ids and no text; expected none"),
+        (engine == "vllm" and sampling.max_cache_tokens is not None, "sampling.max_cache_tokens",
+         f"{sampling.max_cache_tokens} with sampling.engine vllm, whose cache is made for max_rows; expected None"),
         (engine == "vllm" and temperature < COLDEST_VLLM, "sampling.temperature",
          f"{temperature:g} with sampling.engine vllm, which takes it for {COLDEST_VLLM:g}; expected that or more"),
     ]  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -27,7 +27,7 @@ from ppomax.rewards.model import RewardModel
 from ppomax.rl.convergence import has_converged
 from ppomax.rl.kl import adaptive_coefficient, penalty_coefficient
 from ppomax.rl.shaping import Moments
-from ppomax.rollout.collect import collect, eos_token_ids, iteration_prompts, repeated
+from ppomax.rollout.collect import collect, eos_token_ids, iteration_prompts, repeated, stop_check
 from ppomax.rollout.sampler import Distribution
 from ppomax.rollout.vllm import VLLM, vllm_for
 from ppomax.stages.buffer import from_tensors, tensors_of, whole_rollout
@@ -65,6 +65,7 @@ class Job:
     judge: RewardFunction | None
     distribution: Distribution
     eos_ids: list[int]
+    stop: Callable[[Sequence[int]], bool] | None
     steering: Steering
     kept: deque[ScoredRollouts]
     engine: VLLM | None = None
@@ -89,7 +90,8 @@ class Job:
             self.players.policy, self.prompts, self.prompt_ids, self.prompts_of(iteration),
             samples=config.samples_per_prompt, iteration=iteration, seed=config.seed,
             limit=config.sampling.max_new_tokens, distribution=self.distribution, eos_ids=self.eos_ids,
-            max_rows=config.sampling.max_rows, clock=self.players.clock,
+            max_rows=config.sampling.max_rows, max_tokens=config.sampling.max_cache_tokens, stop=self.stop,
+            clock=self.players.clock,
             part=slice(*bounds[world.rank() : world.rank() + 2]), engine=self.engine,
         ))  # fmt: skip
 
@@ -205,7 +207,8 @@ def prepare(run: Session, config: PPOConfig, reward: RewardFunction | None) -> J
     job = Job(
         config, players, optimisers, prompts, prompt_ids, ptx, judge,
         distribution=Distribution(config.sampling.temperature),
-        eos_ids=eos_token_ids(players.policy.model, tokenizer), steering=Steering.start(config),
+        eos_ids=eos_token_ids(players.policy.model, tokenizer), stop=stop_check(tokenizer, config.sampling.stop),
+        steering=Steering.start(config),
         kept=deque(maxlen=config.buffer - 1),
     )  # fmt: skip
     _print_plan(run, job, str(read), ptx_report)
