@@ -19,7 +19,7 @@ INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .PHONY: help venv quickstart test test-fast test-faults test-vllm check mutate
-.PHONY: bench bench-reward bench-sft bench-vllm golden clean
+.PHONY: bench bench-gpu bench-reward bench-sft bench-vllm golden clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z -]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -77,6 +77,9 @@ $(PEER)%/trl/__init__.py: $(INSTALLED)
 
 bench: $(INSTALLED) $(PEER)1.12.0/trl/__init__.py ## PPO beside TRL, generation beside transformers; ARGS="--precision float32", ARGS=--quick
 	@PYTHONPATH=$(PEER)1.12.0 $(BIN)/python -m bench.run $(ARGS)
+
+bench-gpu: $(INSTALLED) $(PEER)1.12.0/trl/__init__.py ## the same on one NVIDIA GPU; ARGS="--model DIR --rows 128"
+	@PYTHONPATH=$(PEER)1.12.0 $(BIN)/python -m bench.gpu $(ARGS)
 
 bench-reward bench-sft: bench-%: $(INSTALLED) $(PEER)1.16.0/trl/__init__.py ## training beside TRL's RewardTrainer, SFTTrainer; ARGS="--rows 512 --repeats 3"
 	@PYTHONPATH=$(PEER)1.16.0 $(BIN)/python -m bench.training $* $(ARGS)

@@ -44,8 +44,12 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def peak_gib() -> float:
-    """The most memory that this process has held, GiB."""
+def peak_gib(device: str) -> float:
+    """The most memory that this process has held, GiB; on a GPU the GPU's."""
+    if device == "cuda":
+        import torch  # not for a process that only starts others
+
+        return torch.cuda.max_memory_allocated() / 2**30
     unit = 2**30 if sys.platform == "darwin" else 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 

@@ -20,9 +20,9 @@ ANSWER = 5  # the token that all responses of the log-prob pass are made of
 WARM_UP_TOKENS = 4
 
 
-def measure(model: str, dtype: str, workload: Workload, work: Path, *, repeats: int) -> Run:
+def measure(model: str, dtype: str, workload: Workload, work: Path, *, repeats: int, device: str) -> Run:
     """Seconds of each of `repeats` turns, ours and theirs, after a short turn of both to warm up."""
-    compute = Compute(torch.device("cpu"), getattr(torch, dtype))
+    compute = Compute(torch.device(device), getattr(torch, dtype))
     ours = Policy(load_causal_lm(model, compute), train_layers=None, trained=True)
     theirs: Any = load_causal_lm(model, compute)
     theirs.set_attn_implementation("sdpa")  # transformers' own default
@@ -41,6 +41,8 @@ def measure(model: str, dtype: str, workload: Workload, work: Path, *, repeats: 
             for (run, player), kept in zip(both, seconds[name], strict=True):
                 began = time.perf_counter()
                 run(player, prompts, WARM_UP_TOKENS if turn < 0 else new)
+                if device == "cuda":
+                    torch.cuda.synchronize()
                 if turn >= 0:
                     kept.append(time.perf_counter() - began)
     return {"seconds": seconds, "tokens": len(prompts) * new}
@@ -55,8 +57,8 @@ def _our_generation(policy: Policy, prompts: list[list[int]], new: int) -> None:
 @torch.inference_mode()
 def _their_generation(model: Any, prompts: list[list[int]], new: int) -> None:
     width = max(map(len, prompts))
-    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
-    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     sequences = model.generate(
         input_ids=ids, attention_mask=mask, do_sample=True, top_k=0, max_new_tokens=new, pad_token_id=0
     )
@@ -64,7 +66,7 @@ def _their_generation(model: Any, prompts: list[list[int]], new: int) -> None:
 
 
 def _our_training(policy: Policy, prompts: list[list[int]], new: int) -> None:
-    batch = token_batch(prompts, [[ANSWER] * new] * len(prompts))
+    batch = token_batch(prompts, [[ANSWER] * new] * len(prompts), device=str(policy.device))
     policy(batch).logprobs_BT.sum().backward()
     policy.zero_grad()
 
@@ -73,8 +75,8 @@ def _their_training(model: Any, prompts: list[list[int]], new: int) -> None:
     model.requires_grad_(True)
     width = max(map(len, prompts)) + new
     rows = [p + [ANSWER] * new for p in prompts]
-    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows])
-    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows])
+    ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)
+    mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=model.device)
     labels = torch.full_like(ids, -100)
     for i, prompt in enumerate(prompts):
         labels[i, len(prompt) : len(prompt) + new] = ANSWER

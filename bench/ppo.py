@@ -43,7 +43,7 @@ def contend(contender: Contender, arguments: argparse.Namespace, workload: Workl
         run = {"ppomax": _ours, "TRL": _theirs}[contender.side](contender, arguments, workload, work, scratch)
     run.setdefault("minibatches", len(steps) / arguments.iterations)  # TRL: one optimiser, one step for a minibatch
     return {
-        **run, "changed": _by_iteration(steps, arguments.iterations), "peak_gib": peak_gib(),
+        **run, "changed": _by_iteration(steps, arguments.iterations), "peak_gib": peak_gib(arguments.device),
         "prompt_tokens": sum(map(len, prompt_ids(workload, work))), "threads": torch.get_num_threads(),
     }  # fmt: skip
 
@@ -120,7 +120,7 @@ def _our_config(
         "sampling": {"max_new_tokens": workload.new_tokens},
         "optim": optim,
         "critic": {"init": "reward", "value_clip": CLIP, "optim": optim},
-        "compute": {"device": "cpu", "dtype": contender.precision, **layouts[contender.layout]},
+        "compute": {"device": arguments.device, "dtype": contender.precision, **layouts[contender.layout]},
         "save": {"every": 10**9},
     }
     return overlay(vanilla(), values, origin="bench")
@@ -153,7 +153,8 @@ def _theirs(contender: Contender, arguments: argparse.Namespace, workload: Workl
         response_length=workload.new_tokens, temperature=1.0, stop_token="eos" if workload.stops else None,
         learning_rate=LEARNING_RATE, lr_scheduler_type="constant", adam_beta1=BETAS[0], adam_beta2=BETAS[1],
         kl_coef=KL, kl_estimator="k1", lam=GAE_LAMBDA, gamma=1.0, cliprange=CLIP, cliprange_value=CLIP,
-        whiten_rewards=False, bf16=autocast, use_cpu=True, gradient_checkpointing=False, num_sample_generations=0,
+        whiten_rewards=False, bf16=autocast, use_cpu=arguments.device == "cpu",
+        gradient_checkpointing=False, num_sample_generations=0,
         save_strategy="no", report_to=[], disable_tqdm=True, logging_steps=10**9,
     )  # fmt: skip
     seconds, generation, generated, trained = [], [], [], []

@@ -52,6 +52,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--new-tokens", type=int, default=64, help="of fixed; realistic stops at twice as many at most")
     parser.add_argument("--iterations", type=int, default=2, help="of a run, the first of which warms up")
     parser.add_argument("--repeats", type=int, default=2, help="runs of each contender")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where both sides compute")
     parser.add_argument("--ours-only", action="store_true", help="without TRL")
     parser.add_argument("--scaling", action="store_true", help="also our iteration at 1k, 4k and 16k tokens")
     parser.add_argument("--long", action="store_true", help="the same, and 64k")
@@ -69,7 +70,8 @@ def _arguments() -> argparse.Namespace:
     if arguments.quick:
         quick = {"model": "tiny", "rows": 8, "new_tokens": 16, "repeats": 1}
         vars(arguments).update(quick, precision=arguments.precision or ["float32"])
-    arguments.out = arguments.out or Path("build/bench-quick.md" if arguments.quick else "bench/results.md")
+    results = "bench/results.md" if arguments.device == "cpu" else f"bench/results-{arguments.device}.md"
+    arguments.out = arguments.out or Path("build/bench-quick.md" if arguments.quick else results)
     return arguments
 
 
@@ -84,7 +86,9 @@ def _contend(arguments: argparse.Namespace, known: dict[str, Workload]) -> Run:
     if kind == "prepare":
         return prepare(arguments.model, arguments.data, list(known.values()), work)
     if kind == "passes":
-        return measure(arguments.model, details[0], known["fixed"], work, repeats=arguments.repeats)
+        return measure(
+            arguments.model, details[0], known["fixed"], work, repeats=arguments.repeats, device=arguments.device
+        )
     with tempfile.TemporaryDirectory(dir=work) as scratch:
         return contend(Contender(kind, *details), arguments, known[arguments.workload], work, Path(scratch))
 

@@ -100,7 +100,7 @@ def _contend(arguments: argparse.Namespace) -> Run:
         else:
             theirs = {"reward": _trl_reward, "sft": _trl_sft}[arguments.stage]
             seconds = theirs(arguments, learn, work, tokenizer, dtype)
-        peak = peak_gib()
+        peak = peak_gib("cpu")
         accuracy = None
         if held:
             data = (_write(work / "heldout.jsonl", held),)

@@ -8,13 +8,16 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from ppomax.cli import main
-from ppomax.engine.checkpoint import latest_checkpoint
+from ppomax.engine.checkpoint import latest_checkpoint, save_checkpoint
+from ppomax.errors import SaveError
+from ppomax.stages import session
 from stages.conftest import Toys, Trained
 from stages.processes import Command, rows_in
 from stages.toy import expect_equal, metrics, prompt_rows, weights, write_rows
@@ -89,12 +92,13 @@ def test_trap_29_killed_it_goes_on_from_the_last_checkpoint_without_repeating_a_
     expect_equal(verb, run_dir, uninterrupted(verb))
 
 
+@pytest.mark.parametrize("background", [False, True])
 def test_trap_30_killed_again_and_again_at_any_moment_no_saved_work_is_lost(
-    words: Words, uninterrupted: Callable[[str], Path], command: type[Command], tmp_path: Path
+    background: bool, words: Words, uninterrupted: Callable[[str], Path], command: type[Command], tmp_path: Path
 ) -> None:
     """With a save after every iteration, most moments are within a save."""
     draw, run_dir = random.Random(0), tmp_path / "run"
-    options, reached = ["--save.every", "1", "--save.keep", "2"], -1
+    options, reached = ["--save.every", "1", "--save.keep", "2", "--save.background", str(background)], -1
     for attempt, row in enumerate((1, 4, 8)):
         running = command([*words("ppo", run_dir), *options, "--resume"], tmp_path / f"log-{attempt}")
         running.wait_for(lambda row=row: rows_in(run_dir / "metrics.jsonl") >= row)
@@ -103,13 +107,55 @@ def test_trap_30_killed_again_and_again_at_any_moment_no_saved_work_is_lost(
         newest, problems = latest_checkpoint(run_dir / "checkpoints")
         assert problems == []
         saved = int(newest.name.rsplit("-", 1)[1]) if newest else -1
-        assert saved >= max(row - 2, reached)
+        assert saved >= max(row - 2 - background, reached)
         reached = saved
         assert len([p for p in (run_dir / "checkpoints").iterdir() if not p.name.startswith(".")]) <= 3
     assert main([*words("ppo", run_dir), *options, "--resume"]) == 0
     expect_equal("ppo", run_dir, uninterrupted("ppo"))
     kept = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
     assert kept == ["iteration-12", "iteration-13"]
+
+
+def test_training_goes_on_while_a_checkpoint_is_written_in_the_background(
+    words: Words, uninterrupted: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run_dir, written = tmp_path / "run", []
+
+    def slow(folder: Path, name: str, *args: Any, **options: Any) -> Path:
+        """Begins when two more rows are there, which the last one does not get."""
+        number, until = int(name.rsplit("-", 1)[1]), time.monotonic() + 20
+        while rows_in(run_dir / "metrics.jsonl") < number + 3 and number < LAST_ROW["sft"]:
+            assert time.monotonic() < until, "training waits"
+            time.sleep(0.01)
+        written.append(number)
+        return save_checkpoint(folder, name, *args, **options)
+
+    monkeypatch.setattr(session, "save_checkpoint", slow)
+    assert main([*words("sft", run_dir), "--save.background", "True"]) == 0
+    assert written == [*range(2, LAST_ROW["sft"], 3), LAST_ROW["sft"]]
+    expect_equal("sft", run_dir, uninterrupted("sft"))
+
+
+def test_a_save_that_fails_in_the_background_ends_the_run_at_the_next_step(
+    words: Words, uninterrupted: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    run_dir, options = tmp_path / "run", ["--save.background", "True"]
+
+    def full(folder: Path, name: str, *args: Any, **kwargs: Any) -> Path:
+        if name == "step-11":
+            raise SaveError(f"{folder / name}: no space left")
+        return save_checkpoint(folder, name, *args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(session, "save_checkpoint", full)
+        assert main([*words("sft", run_dir), *options]) != 0
+    assert "step-11: no space left" in capsys.readouterr().err.replace("\n", " ")
+    # Noticed at the next step whose turn it is, at the latest when the next save is due.
+    assert 12 < rows_in(run_dir / "metrics.jsonl") <= 15
+    assert latest_checkpoint(run_dir / "checkpoints") == (run_dir / "checkpoints" / "step-8", [])
+    assert main([*words("sft", run_dir), *options, "--resume"]) == 0
+    expect_equal("sft", run_dir, uninterrupted("sft"))
 
 
 def test_killed_before_the_first_row_it_starts_over_without_being_asked(

@@ -110,6 +110,11 @@ class SaveConfig(Schema):
         description="Seconds that SIGTERM leaves for finishing the step (PPO: the iteration) and saving; after them the"
         " run stops where it is and goes on from its last checkpoint. None: finish, however long it takes.",
     )
+    background: bool = Field(
+        default=False,
+        description="Write checkpoints while training goes on, from a copy of their tensors in memory; the last one,"
+        " and that of an interruption, are waited for. One process only.",
+    )
 
 
 class SFTConfig(Schema):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 
 class PreallocatedLayer(CacheLayerMixin):
@@ -93,7 +93,7 @@ def layers_of(cache: Cache) -> list[PreallocatedLayer]:
 def take_in(cache: Cache, prefilled: Cache, source_N: Tensor, column: int) -> None:
     """More rows, which end before `column`: copies of the rows `source_N` of a cache that was just prefilled."""
     for layer, new in zip(layers_of(cache), prefilled.layers, strict=True):
-        assert isinstance(new.keys, Tensor) and isinstance(new.values, Tensor)
+        assert isinstance(new, DynamicLayer) and new.keys is not None and new.values is not None
         layer.take_in(new.keys, new.values, source_N, column)
 
 

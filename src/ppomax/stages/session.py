@@ -22,6 +22,7 @@ from torch import Tensor
 from ppomax.config import PPOConfig, RewardConfig, SaveConfig, Schema, SFTConfig
 from ppomax.config.layers import nearest, plain
 from ppomax.engine import world
+from ppomax.engine.background import Background, copied
 from ppomax.engine.checkpoint import (
     checkpoint_number,
     checkpoints,
@@ -37,7 +38,7 @@ from ppomax.monitor.log import MetricsLog, drop_rows_after, read_metrics, unbrok
 from ppomax.monitor.progress import Advance, progress
 from ppomax.monitor.report import write_report
 from ppomax.stages.inputs import expect_same_weights, weights_hash
-from ppomax.types import SetupError
+from ppomax.types import DataError, SetupError
 
 # Settings that may differ between a run and its resumption: they do not change the result.
 NEUTRAL = (
@@ -68,6 +69,7 @@ class Session:
     log: MetricsLog | None = None
     wait_minutes: float = 30
     at_end: ExitStack = field(default_factory=ExitStack)
+    saving: Background = field(default_factory=Background)
 
     def finished(self) -> dict[str, Any] | None:
         """The summary of a run that was finished before, said so; nothing of it is done or written again."""
@@ -145,7 +147,11 @@ class Session:
     def checkpoint(
         self, number: int, last: bool, state: Callable[[], tuple[Mapping[str, Tensor], dict[str, Any]]]
     ) -> None:
-        """Save after `number` if it is due; after an interruption, save and raise Interrupted."""
+        """Save after `number` if it is due; after an interruption, save and raise Interrupted.
+
+        A save in the background that failed raises here, one step after it did.
+        """
+        self.saving.settle(wait=False)
         due = (number + 1) % self.save.every == 0 or last
         stop = int(world.largest(self.stop_requested or 0))
         if not due and not stop:
@@ -155,10 +161,19 @@ class Session:
         values = {**values, self.unit: number, "seconds": self.seconds(), "frozen": self.frozen}
         name = f"{self.unit}-{number}"
         spare: list[str] = []
+        self.saving.settle()
         if world.is_first():
             self._sync_rows()
             spare = self._best([name])
-        save_checkpoint(self.run.checkpoints, name, tensors, values, keep=self.save.keep, spare=spare)
+        in_background = self.save.background and not (stop or last)
+        save = partial(
+            save_checkpoint, self.run.checkpoints, name, copied(tensors) if in_background else tensors, values,
+            keep=self.save.keep, spare=spare,
+        )  # fmt: skip
+        if in_background:
+            self.saving.start(save)
+        else:
+            save()
         if stop and not last:
             raise Interrupted(
                 f"stopped after {self.unit} {number} and saved in {self.run.checkpoints}. {_GO_ON}",
@@ -218,8 +233,11 @@ class Session:
             self.log.append(row)
 
     def close(self) -> None:
-        """Close the log, if it was opened, and what asked for it by `at_end`."""
+        """Finish a save that is being written; close the log, if it was opened, and what asked for it by `at_end`."""
         self.at_end.close()
+        # Of two failures the first one is on its way.
+        with suppress(SaveError, DataError):
+            self.saving.settle()
         # Every row was flushed: what is left to write has failed before, and that failure is on its way.
         if self.log is not None:
             with suppress(OSError):
@@ -268,6 +286,10 @@ def session(verb: str, config: TrainingConfig, *, unit: str, resume: bool, fresh
         world.joined(minutes=minutes),
         opened_run(config.run_dir, verb=verb, config=config, resume=resume, fresh=fresh, ignore=NEUTRAL) as run,
     ):
+        if config.save.background and world.size() > 1:
+            raise SetupError(
+                f"save.background: found True with {world.size()} processes; expected False, or one process"
+            )
         current = Session(run, config.save, unit, wait_minutes=minutes)
         try:
             with _asking_to_stop(current):
