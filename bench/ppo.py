@@ -82,7 +82,7 @@ def _watched(module: Any, name: str, note: Callable[[float, tuple[Any, ...], Any
 
 
 def _ours(contender: Contender, arguments: argparse.Namespace, workload: Workload, work: Path, scratch: Path) -> Run:
-    config = _our_config(contender, arguments, workload, work, scratch)
+    config = our_config(contender, arguments, workload, work, scratch)
     counted: list[int] = []
     whitened = _watched(update, "normalise_advantages", lambda _, given, __: counted.append(int(given[1].sum())))
     # No id ends a response: eos is sampled like any other token, as in TRL without a stop token.
@@ -99,9 +99,10 @@ def _ours(contender: Contender, arguments: argparse.Namespace, workload: Workloa
     }
 
 
-def _our_config(
+def our_config(
     contender: Contender, arguments: argparse.Namespace, workload: Workload, work: Path, scratch: Path
 ) -> PPOConfig:
+    """The real `ppo` stage with the settings that both sides have."""
     layers = AutoConfig.from_pretrained(model_directory(arguments.model)).num_hidden_layers
     layouts = {"full": {}, "lora": {"lora_rank": LORA_RANK}, "trunk": {"train_layers": max(layers // 3, 1)}}
     optim = {"lr": LEARNING_RATE, "betas": BETAS, "warmup": 0.0, "schedule": "constant"}

@@ -98,7 +98,7 @@ def test_trap_30_killed_again_and_again_at_any_moment_no_saved_work_is_lost(
 ) -> None:
     """With a save after every iteration, most moments are within a save."""
     draw, run_dir = random.Random(0), tmp_path / "run"
-    options, reached = ["--save.every", "1", "--save.keep", "2", "--save.background", str(background)], -1
+    options, reached = ["--save.every", "1", "--save.keep", "2", *["--save.background"] * background], -1
     for attempt, row in enumerate((1, 4, 8)):
         running = command([*words("ppo", run_dir), *options, "--resume"], tmp_path / f"log-{attempt}")
         running.wait_for(lambda row=row: rows_in(run_dir / "metrics.jsonl") >= row)
@@ -131,7 +131,7 @@ def test_training_goes_on_while_a_checkpoint_is_written_in_the_background(
         return save_checkpoint(folder, name, *args, **options)
 
     monkeypatch.setattr(session, "save_checkpoint", slow)
-    assert main([*words("sft", run_dir), "--save.background", "True"]) == 0
+    assert main([*words("sft", run_dir), "--save.background"]) == 0
     assert written == [*range(2, LAST_ROW["sft"], 3), LAST_ROW["sft"]]
     expect_equal("sft", run_dir, uninterrupted("sft"))
 
@@ -140,7 +140,7 @@ def test_a_save_that_fails_in_the_background_ends_the_run_at_the_next_step(
     words: Words, uninterrupted: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    run_dir, options = tmp_path / "run", ["--save.background", "True"]
+    run_dir, options = tmp_path / "run", ["--save.background"]
 
     def full(folder: Path, name: str, *args: Any, **kwargs: Any) -> Path:
         if name == "step-11":

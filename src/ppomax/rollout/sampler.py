@@ -89,14 +89,13 @@ def sample(
     stop: whether a response so far is complete, beside `eos_ids`. progress: called with the number of newly finished
     responses. clock: told what prefill and decoding took.
     """
-    if not prompts:
-        return []
     clock, cost = clock or Clock(), policy.costs.trunk + policy.costs.forward
     # Longest first, so that whoever comes in later fits into the columns of the first; equal ones together.
     waiting = deque(sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), tuple(prompts[i]), i)))
+    longest = max(map(len, prompts), default=0)
     rows, columns = cache_shape(
-        len(prompts), len(prompts[waiting[0]]), uniforms_BR.shape[1], max_rows=max_rows, max_tokens=max_tokens
-    )
+        len(prompts), longest, uniforms_BR.shape[1], max_rows=max_rows, max_tokens=max_tokens
+    )  # fmt: skip
     batch = _Batch(policy, prompts, uniforms_BR.to(policy.device), distribution, set(eos_ids), stop, rows, columns)
     with policy.decoding():
         while waiting or batch.alive:

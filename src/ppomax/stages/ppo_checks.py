@@ -101,7 +101,7 @@ def _reward_conflicts(config: PPOConfig) -> list[Conflict]:
         (config.critic.init is None and score.truncated == "bootstrap", "score.truncated",
          "bootstrap without a critic, whose value it takes; expected score"),
         (score.scale and score.normalise, "score.scale",
-         "True beside score.normalise; expected one of the two (--score.normalise False)"),
+         "True beside score.normalise; expected one of the two (--score.no-normalise)"),
         (score.scale and score.clip is not None, "score.clip",
          f"{score.clip} beside score.scale, which clips nothing; expected None"),
         (score.by_source and not score.normalise, "score.by_source", "True without score.normalise"),
