@@ -201,7 +201,7 @@ def _log_softmax(logits_Vn: Tensor, target_1n: Tensor, *, out: Tensor) -> tuple[
 def _add_product(sum_VH: Tensor, slopes_Vn: Tensor, states_nH: Tensor) -> None:
     """Add slopes · states to a float32 sum, without a product of its own where the types allow it."""
     if slopes_Vn.dtype == sum_VH.dtype:
-        sum_VH.addmm_(slopes_Vn, states_nH)
+        torch.addmm(sum_VH, slopes_Vn, states_nH, out=sum_VH)
     else:
         sum_VH += slopes_Vn @ states_nH
 
