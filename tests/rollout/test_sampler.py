@@ -57,6 +57,17 @@ def many_prompts() -> list[list[int]]:
     return [*prompts[:5], prompts[1], *prompts[5:], prompts[1], prompts[0]]
 
 
+def widths(player: Policy, do: Callable[[], object]) -> list[tuple[int, int]]:
+    """(rows, tokens) of every pass through the model."""
+    seen: list[tuple[int, int]] = []
+    hook = player.base.register_forward_pre_hook(
+        lambda module, given, named: seen.append(tuple(named["input_ids"].shape)), with_kwargs=True
+    )
+    do()
+    hook.remove()
+    return seen
+
+
 @pytest.mark.parametrize("max_rows", [1, 3, 64])
 def test_trap_03_tokens_do_not_depend_on_the_rows_side_by_side(player: Policy, max_rows: int) -> None:
     prompts = many_prompts()
@@ -79,13 +90,9 @@ def test_trap_03_neighbours_and_order_change_nothing(player: Policy) -> None:
 def test_equal_prompts_are_prefilled_once_and_sampled_as_if_alone(player: Policy) -> None:
     prompt = [5, 6, 7]
     uniforms_BR = streams(4)
-    prefilled = []
-    hook = player.base.register_forward_pre_hook(
-        lambda module, given, named: prefilled.append(tuple(named["input_ids"].shape)), with_kwargs=True
-    )
-    together = sampled(player, [prompt] * 4, uniforms_BR)
-    hook.remove()
-    assert prefilled[0] == (1, 3) and prefilled[1] == (4, 1)
+    together: list[Sampled] = []
+    passes = widths(player, lambda: together.extend(sampled(player, [prompt] * 4, uniforms_BR)))
+    assert passes[0] == (1, 3) and passes[1] == (4, 1)
     assert len({tuple(s.ids) for s in together}) > 1
     for i in range(4):
         assert_same([together[i]], sampled(player, [prompt], uniforms_BR[i : i + 1]))
@@ -215,17 +222,6 @@ def test_progress_counts_every_response_once(player: Policy) -> None:
         progress=counts.append,
     )  # fmt: skip
     assert sum(counts) == 12 and all(counts)
-
-
-def widths(player: Policy, do: Callable[[], object]) -> list[tuple[int, int]]:
-    """(rows, tokens) of every pass through the model."""
-    seen: list[tuple[int, int]] = []
-    hook = player.base.register_forward_pre_hook(
-        lambda module, given, named: seen.append(tuple(named["input_ids"].shape)), with_kwargs=True
-    )
-    do()
-    hook.remove()
-    return seen
 
 
 def test_a_row_that_has_ended_gives_its_place_to_one_that_waits(player: Policy) -> None:
