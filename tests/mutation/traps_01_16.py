@@ -127,20 +127,17 @@ MUTATIONS = [
     ),
     Mutation(
         8, "sampled log-probs are those of temperature 1", "rollout/sampler.py",
-        "probabilities.gather(1, token)[:, 0].log()",
-        "logits_BV.log_softmax(-1).gather(1, token)[:, 0]",
+        "(weight_VB.gather(0, token_B[None])[0] / total_B).log()",
+        "(weight_VB.log() * distribution.temperature).log_softmax(0).gather(0, token_B[None])[0]",
         (f"{DRAW}::test_trap_08_frequencies_are_those_of_the_tempered_softmax",),
     ),
     Mutation(
         8, "top-p is drawn from but not reported", "rollout/sampler.py",
-        "        logits_BV = _warp(logits_BV, distribution, history_BS)\n"
-        "    scaled = logits_BV / distribution.temperature if distribution.temperature != 1.0 else logits_BV\n"
-        "    probabilities = torch.softmax(scaled, dim=-1)\n",
-        "        warped_BV = _warp(logits_BV, distribution, history_BS)\n"
-        "        drawn = draw(warped_BV, uniform_B, Distribution(distribution.temperature))[0][:, None]\n"
-        "        return drawn[:, 0], (logits_BV / distribution.temperature).log_softmax(-1).gather(1, drawn)[:, 0]\n"
-        "    scaled = logits_BV / distribution.temperature if distribution.temperature != 1.0 else logits_BV\n"
-        "    probabilities = torch.softmax(scaled, dim=-1)\n",
+        "        logits_VB = _warp(logits_VB.T, distribution, history_BS).T\n",
+        "        plain_VB = (logits_VB / distribution.temperature).log_softmax(0)\n"
+        "        warped_VB = _warp(logits_VB.T, distribution, history_BS).T\n"
+        "        drawn_B = draw(warped_VB, uniform_B, Distribution())[0]\n"
+        "        return drawn_B, plain_VB.gather(0, drawn_B[None])[0]\n",
         (f"{DRAW}::test_trap_08_warped_distributions_are_those_of_generate",),
     ),
     Mutation(

@@ -42,12 +42,18 @@ def full_logits(player: Policy, ids: list[int]) -> Tensor:
     return player.model(torch.tensor([ids])).logits[0, -1]
 
 
+def logits_of(player: Policy, states_BH: Tensor) -> Tensor:
+    """[B, V] of the sampler's states."""
+    of = player.unembed(states_BH)
+    return of.logits(slice(0, len(states_BH)), 1.0, of.room()).T
+
+
 def prefilled(player: Policy, source: list[int]) -> tuple[Cache, list[list[int]], Tensor, Tensor]:
     """A cache of the given rows, room for two more and for STEPS tokens; their ids, where they start, their logits."""
     ids, lengths = left_padded()
     mask, position = masks(lengths)
     cache, new, index = preallocated_cache(3, len(source) + 2, WIDTH + STEPS), DynamicCache(), torch.tensor(source)
-    logits = player.next_logits(ids, mask, position, new)
+    logits = logits_of(player, player.next_states(ids, mask, position, new))
     take_in(cache, new, index, WIDTH)
     rows = [ids[i, WIDTH - lengths[i] :].tolist() for i in source]
     return cache, rows, WIDTH - torch.tensor(lengths)[index], logits[index]
@@ -61,7 +67,8 @@ def expect_steps(
         token = torch.tensor([(7 * step + 11 * i) % VOCABULARY for i in range(len(rows))])
         rows[:] = [[*row, int(t)] for row, t in zip(rows, token, strict=True)]
         mask = (torch.arange(column + 1)[None, :] >= start_B[:, None]).long()
-        logits = player.next_logits(token[:, None], mask, (column - start_B)[:, None], cache)
+        states = player.next_states(token[:, None], mask, (column - start_B)[:, None], cache)
+        logits = logits_of(player, states)
         assert logits.dtype == torch.float32
         for i, row in enumerate(rows):
             torch.testing.assert_close(logits[i], full_logits(player, row), atol=TOLERANCE, rtol=1e-5)
@@ -95,7 +102,7 @@ def test_rows_come_in_while_others_are_decoded_and_columns_without_a_row_go(play
     rows, start_B, column = [rows[1], rows[3]], start_B[[1, 3]], WIDTH + 2
     ids = torch.tensor([[9, 8, 7], [6, 6, 5]])
     mask, new = torch.tensor([[1, 1, 1], [0, 1, 1]]), DynamicCache()
-    player.next_logits(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), new)
+    player.next_states(ids, mask, (mask.cumsum(1) - 1).clamp(min=0), new)
     take_in(cache, new, torch.tensor([1, 0, 1]), column)
     rows += [[6, 5], [9, 8, 7], [6, 5]]
     start_B = torch.cat([start_B, column - torch.tensor([2, 3, 2])])

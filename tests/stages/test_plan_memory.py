@@ -172,7 +172,7 @@ def test_the_cache_is_the_samplers(dtype: torch.dtype) -> None:
         made, prefilled = preallocated_cache(3, *shape), DynamicCache()
         ids = torch.ones(rows, prompt, dtype=torch.long)
         with torch.inference_mode():
-            policy.next_logits(ids, torch.ones_like(ids), torch.arange(prompt)[None].expand(rows, -1), prefilled)
+            policy.next_states(ids, torch.ones_like(ids), torch.arange(prompt)[None].expand(rows, -1), prefilled)
             take_in(made, prefilled, torch.arange(rows), prompt)
         real.append(sum(t.numel() * t.element_size() for layer in made.layers for t in (layer.keys, layer.values)))
     alone, taken = real

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from ppomax.data.batches import prompt_batches, token_budget_batches
 from ppomax.models.attention import packed_states, packing_is_exact
+from ppomax.models.few_rows import weight_first
 from ppomax.models.flops import Cost, Costs, batch_work, stack_costs
 from ppomax.models.layers import lower_view, split_is_exact, upper_view
 from ppomax.models.load import scalar_head
@@ -182,8 +183,12 @@ class Policy(Player):
         return [], [self.model.get_output_embeddings().weight]  # type: ignore[operator]
 
     def _unembedded(self, batch: TokenBatch, places: _Places) -> Unembedded:
+        return self.unembed(self.hidden(batch)[places.rows, places.before])
+
+    def unembed(self, states_NH: Tensor) -> Unembedded:
+        """Last hidden states, and what turns them into logits."""
         head = self.model.get_output_embeddings()  # type: ignore[operator]
-        return Unembedded(self.hidden(batch)[places.rows, places.before], head.weight, head.bias)
+        return Unembedded(states_NH, head.weight, head.bias)
 
     def response_logits(self, batch: TokenBatch, *, temperature: float) -> Tensor:
         """Float32 logits [N, V] of all response tokens, by plain products that can be differentiated twice (TRPO)."""
@@ -197,19 +202,17 @@ class Policy(Player):
         training = self.model.training
         self.model.eval()
         try:
-            with self.gathered():
+            with self.gathered(), weight_first(self.model):
                 yield
         finally:
             self.model.train(training)
 
-    def next_logits(self, ids_BT: Tensor, mask_BS: Tensor, position_BT: Tensor, cache: Any) -> Tensor:
-        """Float32 logits [B, V] after the last of `ids_BT`, given what `cache` holds (decoding)."""
+    def next_states(self, ids_BT: Tensor, mask_BS: Tensor, position_BT: Tensor, cache: Any) -> Tensor:
+        """Hidden states [B, H] at the last of `ids_BT`, given what `cache` holds (decoding)."""
         out = self.base(
             input_ids=ids_BT, attention_mask=mask_BS, position_ids=position_BT, past_key_values=cache, use_cache=True
         )  # fmt: skip
-        head = self.model.get_output_embeddings()  # type: ignore[operator]
-        # Two axes: a linear layer on a strided [B, 1, H] slice copies the weights once per row on CPU.
-        return F.linear(out.last_hidden_state[:, -1].contiguous(), head.weight, head.bias).float()
+        return out.last_hidden_state[:, -1]
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ from ppomax.rollout.cache import forget_columns, keep_rows, preallocated_cache, 
 REFILL = 8
 # Columns of the cache beyond the longest sequence, by the length limit: how seldom it is moved to the left.
 SPARE = 4
+# Tokens of the vocabulary whose probabilities are summed before one of them is drawn.
+BLOCK = 256
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,8 @@ class _Batch:
         self.column = 0
         device = uniforms_BR.device
         self.start_B = torch.empty(0, dtype=torch.long, device=device)
-        self.logits_BV = torch.empty(0, 0, device=device)
+        # The states after which the next tokens come, and memory for the logits of some of them.
+        self.states_BH = self.room = torch.empty(0, device=device)
         # All columns' tokens, where something counts them.
         self.history_BS: Tensor | None = None
 
@@ -154,22 +157,20 @@ class _Batch:
         padded = torch.tensor([[p[0]] * (width - len(p)) + list(p) for p in unique], device=device)
         at = torch.arange(width, device=device)[None, :] - (width - lengths)[:, None]
         prefilled = DynamicCache()
-        logits = self.policy.next_logits(padded, (at >= 0).long(), at.clamp(min=0), prefilled)[source_N]
+        states = self.policy.next_states(padded, (at >= 0).long(), at.clamp(min=0), prefilled)[source_N]
         take_in(self.cache, prefilled, source_N, self.column)
         if self.distribution.repetition_penalty is not None:
             before = padded[:, :1].expand(-1, self.column - width)
             rows = torch.cat([before, padded], dim=1)[source_N]
             self.history_BS = torch.cat([self.history_BS, rows]) if self.alive and self.history_BS is not None else rows
         self.start_B = torch.cat([self.start_B, self.column - lengths[source_N]])
-        self.logits_BV = torch.cat([self.logits_BV, logits]) if self.alive else logits
+        self.states_BH = torch.cat([self.states_BH, states]) if self.alive else states
+        self.room = self.policy.unembed(self.states_BH).room()
         self.alive += coming
 
     def step(self) -> int:
         """Draw a token for every row, and read those of the rows that go on; returns how many ended."""
-        drawn = [len(self.responses[i][0]) for i in self.alive]
-        token_B, logprob_B = draw(
-            self.logits_BV, self.uniforms_BR[self.alive, drawn], self.distribution, self.history_BS
-        )
+        token_B, logprob_B = self._draw()
         ended = []
         for row, (i, token, logprob) in enumerate(zip(self.alive, token_B.tolist(), logprob_B.tolist(), strict=True)):
             ids, logprobs = self.responses[i]
@@ -185,25 +186,37 @@ class _Batch:
             self._read(token_B)
         return len(ended)
 
+    def _draw(self) -> tuple[Tensor, Tensor]:
+        """The next token [B] of every row, and its log-prob [B]."""
+        of = self.policy.unembed(self.states_BH)
+        uniform_B = self.uniforms_BR[self.alive, [len(self.responses[i][0]) for i in self.alive]]
+        drawn = [
+            draw(of.logits(rows, 1.0, self.room), uniform_B[rows], self.distribution,
+                 None if self.history_BS is None else self.history_BS[rows])
+            for rows in of.chunks()
+        ]  # fmt: skip
+        tokens, logprobs = zip(*drawn, strict=True)
+        return torch.cat(tokens), torch.cat(logprobs)
+
     def _drop(self, ended: Sequence[int]) -> Tensor:
         """Let rows go; returns those that stay."""
         keep = without(len(self.alive), ended)
         index = torch.tensor(keep, dtype=torch.long, device=self.start_B.device)
         keep_rows(self.cache, index)
         self.alive = [self.alive[row] for row in keep]
-        self.start_B, self.logits_BV = self.start_B[index], self.logits_BV[index]
+        self.start_B, self.states_BH = self.start_B[index], self.states_BH[index]
         self.history_BS = None if self.history_BS is None else self.history_BS[index]
         return index
 
     def _read(self, token_B: Tensor) -> None:
-        """One column more, and the logits after it."""
+        """One column more, and the states at it."""
         if self.column == self.columns:
             self._forget(int(self.start_B.min()))
         if self.history_BS is not None:
             self.history_BS = torch.cat([self.history_BS, token_B[:, None]], dim=1)
         mask_BS = torch.arange(self.column + 1, device=token_B.device)[None, :] >= self.start_B[:, None]
         position_B = self.column - self.start_B
-        self.logits_BV = self.policy.next_logits(token_B[:, None], mask_BS.long(), position_B[:, None], self.cache)
+        self.states_BH = self.policy.next_states(token_B[:, None], mask_BS.long(), position_B[:, None], self.cache)
         self.column += 1
 
     def _forget(self, columns: int) -> None:
@@ -214,22 +227,42 @@ class _Batch:
 
 
 def draw(
-    logits_BV: Tensor, uniform_B: Tensor, distribution: Distribution, history_BS: Tensor | None = None
+    logits_VB: Tensor, uniform_B: Tensor, distribution: Distribution, history_BS: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Token [B] where the cumulative distribution passes `uniform_B`, and its log-prob [B]."""
+    """Token [B] where the cumulative distribution passes `uniform_B`, and its log-prob [B]. Overwrites the logits.
+
+    A block of the vocabulary is found first, then the token in it: a running sum over all of it takes as long as all
+    else here.
+    """
     if distribution.warped:
-        logits_BV = _warp(logits_BV, distribution, history_BS)
-    scaled = logits_BV / distribution.temperature if distribution.temperature != 1.0 else logits_BV
-    probabilities = torch.softmax(scaled, dim=-1)
-    cumulative = probabilities.cumsum(dim=-1)
-    # Scaled by the row's own total: a float32 sum may end at 0.99999.
-    target = (uniform_B * cumulative[:, -1])[:, None]
-    token = torch.searchsorted(cumulative, target, right=True).clamp(max=logits_BV.shape[1] - 1)
-    return token[:, 0], probabilities.gather(1, token)[:, 0].log()
+        logits_VB = _warp(logits_VB.T, distribution, history_BS).T
+    elif distribution.temperature != 1.0:
+        logits_VB.div_(distribution.temperature)
+    weight_VB = logits_VB.sub_(logits_VB.amax(0)).exp_()
+    V, B = weight_VB.shape
+    whole = V // BLOCK
+    sums = weight_VB[: whole * BLOCK].view(whole, BLOCK, B).sum(1)
+    sums = torch.cat([sums, weight_VB[whole * BLOCK :].sum(0, keepdim=True)])
+    total_B = sums.sum(0)
+    block_B, rest_B = _passed(sums, uniform_B * total_B)
+    member_SB = block_B * BLOCK + torch.arange(BLOCK, device=block_B.device)[:, None]
+    inside_SB = weight_VB.gather(0, member_SB.clamp(max=V - 1)).masked_fill(member_SB >= V, 0.0)
+    token_B = block_B * BLOCK + _passed(inside_SB, rest_B)[0]
+    return token_B, (weight_VB.gather(0, token_B[None])[0] / total_B).log()
+
+
+def _passed(weight_NB: Tensor, target_B: Tensor) -> tuple[Tensor, Tensor]:
+    """The entry [B] at which the running sum of weights passes the target, and what of the target is left before it."""
+    cumulative = weight_NB.cumsum(0)
+    # Below the end in any case: rounding must not pass the last entry that adds something.
+    target_B = torch.minimum(target_B, torch.nextafter(cumulative[-1], torch.zeros_like(target_B)))
+    index_B = (cumulative <= target_B).sum(0)
+    before = torch.cat([torch.zeros_like(cumulative[:1]), cumulative]).gather(0, index_B[None])[0]
+    return index_B, target_B - before
 
 
 def _warp(logits_BV: Tensor, distribution: Distribution, history_BS: Tensor | None) -> Tensor:
-    """transformers' own processors; temperature is applied before top-p and top-k, as `generate` does."""
+    """transformers' own processors, temperature between the penalty and the cuts, as `generate` does."""
     processors = LogitsProcessorList()
     if distribution.repetition_penalty is not None:
         processors.append(RepetitionPenaltyLogitsProcessor(distribution.repetition_penalty))
@@ -239,4 +272,4 @@ def _warp(logits_BV: Tensor, distribution: Distribution, history_BS: Tensor | No
         nucleus.append(TopKLogitsWarper(distribution.top_k))
     if distribution.top_p is not None:
         nucleus.append(TopPLogitsWarper(distribution.top_p))
-    return nucleus(history_BS, logits_BV) * distribution.temperature  # type: ignore[arg-type]
+    return nucleus(history_BS, logits_BV)  # type: ignore[arg-type]

@@ -163,9 +163,14 @@ def vocabulary_working(role: Role, config: PlanConfig, machine: Machine, *, trai
     if role.scalar:
         return 0.0
     V, tokens = role.shape.vocabulary, microbatch(config, machine).responses
-    chunk = 2 * FLOAT32 * V * min(tokens, max(1, CHUNK_BYTES // (FLOAT32 * V)))
+    chunk = 2 * FLOAT32 * _chunk(V, tokens)
     frozen = config.compute.train_layers is not None or config.compute.lora_rank is not None
     return chunk + (0.0 if frozen or not trains else V * role.shape.hidden * (FLOAT32 + machine.compute))
+
+
+def _chunk(vocabulary: int, tokens: float) -> float:
+    """Logits held at once, of so many tokens."""
+    return vocabulary * min(tokens, max(1, CHUNK_BYTES // (FLOAT32 * vocabulary)))
 
 
 def cache(role: Role, config: PlanConfig, machine: Machine) -> float:
@@ -188,12 +193,12 @@ def _cache_shape(config: PlanConfig, machine: Machine) -> tuple[int, int]:
 
 
 def decode_working(role: Role, config: PlanConfig, machine: Machine) -> float:
-    """Bytes of the sampler beside the cache: a layer of the prefill, or logits and probabilities of a step."""
+    """Bytes of the sampler beside the cache: a layer of the prefill, or the logits of a step's chunk."""
     shape, rows, compute = role.shape, rows_decoded(config, machine), machine.compute
     prompts, P = math.ceil(rows / config.samples_per_prompt), config.max_prompt_tokens
     scores = prompts * P * P if machine.packs and P <= LONGEST_FOLDED else 0
     prefill = forward_working(shape, Pass(prompts, prompts * P, 0, 0, scores, 0, True), compute)
-    step = rows * shape.vocabulary * (compute + 4 * FLOAT32)
+    step = _chunk(shape.vocabulary, rows) * (FLOAT32 + (compute if compute < FLOAT32 else 0))
     # With a mask, transformers repeats grouped keys and values for every head, a layer at a time.
     if not machine.packs and shape.heads > shape.kv_heads:
         step += 2 * rows * _longest(config) * shape.heads * shape.head_dim * compute
