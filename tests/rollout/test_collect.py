@@ -14,7 +14,15 @@ from models.architectures import EOS, policy, ragged
 
 from ppomax.data.chat import render_prompt
 from ppomax.models.players import Policy, at_responses
-from ppomax.rollout.collect import collect, eos_token_ids, iteration_prompts, repeated, response_texts, stop_check
+from ppomax.rollout.collect import (
+    Sampling,
+    collect,
+    eos_token_ids,
+    iteration_prompts,
+    repeated,
+    response_texts,
+    stop_check,
+)
 from ppomax.rollout.sampler import Distribution
 from ppomax.types import Message, Prompt, Rollout, token_batch
 
@@ -62,13 +70,14 @@ def player(lively: str) -> Policy:
     return policy(lively)
 
 
-def rollout_of(player: Policy, indices: list[int], **options: Any) -> tuple[Rollout, list[tuple[int, ...]]]:
+def rollout_of(
+    player: Policy, indices: list[int], max_rows: int = 64, **options: Any
+) -> tuple[Rollout, list[tuple[int, ...]]]:
     """A rollout of two samples each for some of five ragged prompts."""
     ids = [tuple(p) for p in ragged(rows=5, seed=1)[0]]
-    settings = {"samples": 2, "iteration": 3, "seed": 7, "limit": LIMIT, "max_rows": 64, **options}
-    return collect(
-        player, prompts_of(list("abcde")), ids, indices, distribution=Distribution(0.8), eos_ids=[EOS], **settings
-    ), ids
+    how = Sampling(LIMIT, Distribution(0.8), [EOS], max_rows)
+    settings = {"samples": 2, "iteration": 3, "seed": 7, "how": how, **options}
+    return collect(player, prompts_of(list("abcde")), ids, indices, **settings), ids
 
 
 def test_trap_09_a_rollout_holds_what_was_sampled(player: Policy) -> None:

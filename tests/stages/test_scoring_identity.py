@@ -14,7 +14,7 @@ from ppomax.config import CriticConfig, ModelConfig, PPOConfig
 from ppomax.models.load import load_tokenizer
 from ppomax.models.players import at_responses
 from ppomax.rl.kl import k1
-from ppomax.rollout.collect import collect
+from ppomax.rollout.collect import Sampling, collect
 from ppomax.rollout.sampler import Distribution
 from ppomax.stages.inputs import compute_of
 from ppomax.stages.players import Players, load_players
@@ -46,8 +46,8 @@ def rollout_of(players: Players, *, temperature: float = 1.0) -> Rollout:
     ids = [tuple(p) for p in ragged(rows=ROWS, seed=2)[0]]
     prompts = [Prompt((Message(role="user", content=str(i)),), key=str(i)) for i in range(ROWS)]
     return collect(
-        players.policy, prompts, ids, range(ROWS), samples=1, iteration=0, seed=0, limit=LIMIT,
-        distribution=Distribution(temperature), eos_ids=range(EOS, 28), max_rows=64,
+        players.policy, prompts, ids, range(ROWS), samples=1, iteration=0, seed=0,
+        how=Sampling(LIMIT, Distribution(temperature), range(EOS, 28), max_rows=64),
     )  # fmt: skip
 
 

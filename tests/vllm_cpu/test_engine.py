@@ -17,7 +17,7 @@ from ppomax.engine.randomness import seeds_for, uniforms_for
 from ppomax.models.load import load_causal_lm
 from ppomax.models.lora import Lora
 from ppomax.models.players import Policy, at_responses
-from ppomax.rollout.collect import collect
+from ppomax.rollout.collect import Sampling, collect
 from ppomax.rollout.sampler import Distribution, Sampled, sample
 from ppomax.rollout.vllm import VLLM
 from ppomax.types import Message, Prompt, SetupError, token_batch
@@ -163,10 +163,8 @@ def test_tokens_come_as_often_as_they_should(engine: VLLM, policy: Policy) -> No
 def test_collect_returns_the_same_rollout_as_with_the_native_sampler(engine: VLLM, policy: Policy) -> None:
     prompts = [Prompt((Message(role="user", content=letter),), key=letter) for letter in "abcde"]
     ids = [tuple(prompt) for prompt in PROMPTS]
-    settings = {
-        "samples": 2, "iteration": 3, "seed": 7, "limit": LIMIT, "distribution": Distribution(0.7), "eos_ids": [EOS],
-        "max_rows": 8,
-    }  # fmt: skip
+    how = Sampling(LIMIT, Distribution(0.7), [EOS], max_rows=8)
+    settings = {"samples": 2, "iteration": 3, "seed": 7, "how": how}
     native = collect(policy, prompts, ids, [4, 0, 2], **settings)
     seen: list[int] = []
     rollout = collect(policy, prompts, ids, [4, 0, 2], **settings, engine=engine, progress=seen.append)

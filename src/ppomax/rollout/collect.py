@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -13,6 +14,22 @@ from ppomax.monitor.clock import Clock
 from ppomax.rollout.sampler import Distribution, sample
 from ppomax.rollout.vllm import VLLM
 from ppomax.types import Prompt, Rollout
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How responses are drawn, and what ends them.
+
+    limit: tokens of a response. eos_ids: tokens that end it; stop: whether its ids so far do. max_rows: responses side
+    by side; max_tokens: of their cache (of the native sampler, as `max_rows` is).
+    """
+
+    limit: int
+    distribution: Distribution
+    eos_ids: Sequence[int]
+    max_rows: int
+    max_tokens: int | None = None
+    stop: Callable[[Sequence[int]], bool] | None = None
 
 
 def iteration_prompts(count: int, per_iteration: int, iteration: int, seed: int) -> list[int]:
@@ -41,27 +58,25 @@ def repeated(indices: Sequence[int], samples: int) -> tuple[list[int], list[int]
 
 def collect(
     policy: Policy, prompts: Sequence[Prompt], prompt_ids: Sequence[tuple[int, ...]], indices: Sequence[int],
-    *, samples: int, iteration: int, seed: int, limit: int, distribution: Distribution, eos_ids: Sequence[int],
-    max_rows: int, max_tokens: int | None = None, stop: Callable[[Sequence[int]], bool] | None = None,
-    progress: Callable[[int], None] | None = None, clock: Clock | None = None, part: slice = slice(None),
-    engine: VLLM | None = None,
+    *, samples: int, iteration: int, seed: int, how: Sampling, progress: Callable[[int], None] | None = None,
+    clock: Clock | None = None, part: slice = slice(None), engine: VLLM | None = None,
 ) -> Rollout:  # fmt: skip
-    """Sample `samples` responses of at most `limit` tokens for each of the given prompts; `part`: of some rows only.
+    """Sample `samples` responses for each of the given prompts; `part`: of some rows only.
 
-    engine: who samples instead of the native sampler; it has its own `max_rows`, and knows no `stop`.
+    engine: who samples instead of the native sampler; it knows no `stop`.
     """
     rows, numbers = (row[part] for row in repeated(indices, samples))
     ids = [prompt_ids[i] for i in rows]
     if engine is None:
-        uniforms_BR = uniforms_for(seed, iteration, rows, numbers, limit)
+        uniforms_BR = uniforms_for(seed, iteration, rows, numbers, how.limit)
         sampled = sample(
-            policy, ids, uniforms_BR, distribution=distribution, eos_ids=eos_ids, max_rows=max_rows,
-            max_tokens=max_tokens, stop=stop, progress=progress, clock=clock,
+            policy, ids, uniforms_BR, distribution=how.distribution, eos_ids=how.eos_ids, max_rows=how.max_rows,
+            max_tokens=how.max_tokens, stop=how.stop, progress=progress, clock=clock,
         )  # fmt: skip
     else:
         seeds = seeds_for(seed, iteration, rows, numbers)
         sampled = engine.sample(
-            policy, ids, seeds, limit=limit, distribution=distribution, eos_ids=eos_ids, clock=clock
+            policy, ids, seeds, limit=how.limit, distribution=how.distribution, eos_ids=how.eos_ids, clock=clock
         )
         if progress is not None:
             progress(len(rows))

@@ -15,9 +15,8 @@ from ppomax.config import ChatConfig, SamplingConfig
 from ppomax.data.chat import fit_prompt, render_prompt
 from ppomax.models.load import context_length, load_causal_lm, load_tokenizer
 from ppomax.models.players import Policy
-from ppomax.rollout.collect import collect, eos_token_ids, response_texts, stop_check
-from ppomax.rollout.sampler import Distribution
-from ppomax.stages.inputs import compute_of, expect_native
+from ppomax.rollout.collect import collect, response_texts
+from ppomax.stages.inputs import compute_of, expect_native, sampling_of
 from ppomax.types import DataError, Message, Prompt, SetupError
 
 
@@ -66,12 +65,7 @@ def reply(speaker: Speaker, message: str, sampling: SamplingConfig, seed: int, *
         )
     rollout = collect(
         speaker.policy, [Prompt(fitted, key="")], [tuple(render_prompt(speaker.tokenizer, fitted))], [0], samples=1,
-        iteration=turn, seed=seed, limit=sampling.max_new_tokens,
-        distribution=Distribution(
-            sampling.temperature, sampling.top_p, sampling.top_k, sampling.repetition_penalty
-        ),
-        eos_ids=eos_token_ids(speaker.policy.model, speaker.tokenizer), max_rows=1,
-        stop=stop_check(speaker.tokenizer, sampling.stop),
+        iteration=turn, seed=seed, how=sampling_of(sampling, speaker.policy, speaker.tokenizer),
     )  # fmt: skip
     text = response_texts(speaker.tokenizer, rollout)[0]
     speaker.history = [*turns, Message(role="assistant", content=text)]

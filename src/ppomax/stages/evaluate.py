@@ -25,9 +25,8 @@ from ppomax.rewards.callables import RewardFunction, call, load_function, shared
 from ppomax.rewards.model import RewardModel
 from ppomax.rl.kl import k1
 from ppomax.rl.masked import masked_sum
-from ppomax.rollout.collect import collect, eos_token_ids, response_texts, stop_check
-from ppomax.rollout.sampler import Distribution
-from ppomax.stages.inputs import compute_of, context_limit, expect_native, fitted_prompts, required
+from ppomax.rollout.collect import collect, response_texts
+from ppomax.stages.inputs import compute_of, context_limit, expect_native, fitted_prompts, required, sampling_of
 from ppomax.stages.players import load_reward_model
 from ppomax.stages.session import opened_run
 from ppomax.types import Prompt, Rollout, SetupError, token_batch
@@ -128,13 +127,9 @@ def _answer(
     policy: Policy, tokenizer: Any, prompts: Sequence[Prompt], ids: Sequence[tuple[int, ...]], samples: int,
     config: EvaluateConfig, advance: Any,
 ) -> Answers:  # fmt: skip
-    sampling = config.sampling
     rollout = collect(
         policy, prompts, ids, range(len(prompts)), samples=samples, iteration=RANDOM_PURPOSE, seed=config.seed,
-        limit=sampling.max_new_tokens, eos_ids=eos_token_ids(policy.model, tokenizer), max_rows=sampling.max_rows,
-        max_tokens=sampling.max_cache_tokens, stop=stop_check(tokenizer, sampling.stop),
-        distribution=Distribution(sampling.temperature, sampling.top_p, sampling.top_k, sampling.repetition_penalty),
-        progress=advance,
+        how=sampling_of(config.sampling, policy, tokenizer), progress=advance,
     )  # fmt: skip
     return Answers(rollout, response_texts(tokenizer, rollout))
 

@@ -14,7 +14,9 @@ from ppomax.data.readers import ReadReport, read_prompts
 from ppomax.engine.checkpoint import file_hash
 from ppomax.models.load import Compute, model_directory, resolve_compute
 from ppomax.models.lora import Lora
-from ppomax.models.players import Player
+from ppomax.models.players import Player, Policy
+from ppomax.rollout.collect import Sampling, eos_token_ids, stop_check
+from ppomax.rollout.sampler import Distribution
 from ppomax.types import DataError, Dialogue, Message, Pair, Prompt, SetupError
 
 
@@ -80,6 +82,18 @@ def expect_native(sampling: SamplingConfig) -> None:
         raise SetupError(
             f"sampling.engine: found {sampling.engine}, expected native; only `ppomax ppo` has another one"
         )
+
+
+def sampling_of(config: SamplingConfig, policy: Policy, tokenizer: Any) -> Sampling:
+    """How a stage samples from a policy."""
+    return Sampling(
+        limit=config.max_new_tokens,
+        distribution=Distribution(config.temperature, config.top_p, config.top_k, config.repetition_penalty),
+        eos_ids=eos_token_ids(policy.model, tokenizer),
+        max_rows=config.max_rows,
+        max_tokens=config.max_cache_tokens,
+        stop=stop_check(tokenizer, config.stop),
+    )
 
 
 def training_of(config: ModelConfig, seed: int) -> dict[str, Any]:

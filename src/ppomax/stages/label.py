@@ -14,9 +14,8 @@ from ppomax.models.load import load_causal_lm, load_tokenizer
 from ppomax.models.players import Policy
 from ppomax.monitor.progress import progress
 from ppomax.rewards.callables import RewardFunction, call, shared_columns
-from ppomax.rollout.collect import collect, eos_token_ids, response_texts, stop_check
-from ppomax.rollout.sampler import Distribution
-from ppomax.stages.inputs import compute_of, context_limit, expect_native, fitted_prompts
+from ppomax.rollout.collect import collect, response_texts
+from ppomax.stages.inputs import compute_of, context_limit, expect_native, fitted_prompts, sampling_of
 from ppomax.types import Prompt
 
 RANDOM_PURPOSE = 1_000_002
@@ -40,9 +39,7 @@ def label(
     with progress("label", len(rows) * samples, unit="responses") as advance:
         rollout = collect(
             model, rows, ids, range(len(rows)), samples=samples, iteration=RANDOM_PURPOSE, seed=seed,
-            limit=sampling.max_new_tokens, distribution=Distribution(sampling.temperature),
-            eos_ids=eos_token_ids(model.model, tokenizer), max_rows=sampling.max_rows,
-            max_tokens=sampling.max_cache_tokens, stop=stop_check(tokenizer, sampling.stop), progress=advance,
+            how=sampling_of(sampling, model, tokenizer), progress=advance,
         )  # fmt: skip
     texts = response_texts(tokenizer, rollout)
     scores = _judged(judge, rollout.prompts, texts)

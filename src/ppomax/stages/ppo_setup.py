@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -27,8 +27,7 @@ from ppomax.rewards.model import RewardModel
 from ppomax.rl.convergence import has_converged
 from ppomax.rl.kl import adaptive_coefficient, penalty_coefficient
 from ppomax.rl.shaping import Moments
-from ppomax.rollout.collect import collect, eos_token_ids, iteration_prompts, repeated, stop_check
-from ppomax.rollout.sampler import Distribution
+from ppomax.rollout.collect import Sampling, collect, iteration_prompts, repeated
 from ppomax.rollout.vllm import VLLM, vllm_for
 from ppomax.stages.buffer import from_tensors, tensors_of, whole_rollout
 from ppomax.stages.estimate import History
@@ -39,6 +38,7 @@ from ppomax.stages.inputs import (
     dialogue_tokens,
     fitted_prompts,
     required,
+    sampling_of,
     trained_of,
 )
 from ppomax.stages.players import Players, load_players
@@ -63,9 +63,7 @@ class Job:
     prompt_ids: list[tuple[int, ...]]
     ptx: list[Tokens]
     judge: RewardFunction | None
-    distribution: Distribution
-    eos_ids: list[int]
-    stop: Callable[[Sequence[int]], bool] | None
+    how: Sampling
     steering: Steering
     kept: deque[ScoredRollouts]
     engine: VLLM | None = None
@@ -89,10 +87,8 @@ class Job:
         return whole_rollout(collect(
             self.players.policy, self.prompts, self.prompt_ids, self.prompts_of(iteration),
             samples=config.samples_per_prompt, iteration=iteration, seed=config.seed,
-            limit=config.sampling.max_new_tokens, distribution=self.distribution, eos_ids=self.eos_ids,
-            max_rows=config.sampling.max_rows, max_tokens=config.sampling.max_cache_tokens, stop=self.stop,
-            clock=self.players.clock,
-            part=slice(*bounds[world.rank() : world.rank() + 2]), engine=self.engine,
+            how=self.how, clock=self.players.clock, part=slice(*bounds[world.rank() : world.rank() + 2]),
+            engine=self.engine,
         ))  # fmt: skip
 
     @property
@@ -206,9 +202,7 @@ def prepare(run: Session, config: PPOConfig, reward: RewardFunction | None) -> J
     optimisers = _optimisers(players, config)
     job = Job(
         config, players, optimisers, prompts, prompt_ids, ptx, judge,
-        distribution=Distribution(config.sampling.temperature),
-        eos_ids=eos_token_ids(players.policy.model, tokenizer), stop=stop_check(tokenizer, config.sampling.stop),
-        steering=Steering.start(config),
+        how=sampling_of(config.sampling, players.policy, tokenizer), steering=Steering.start(config),
         kept=deque(maxlen=config.buffer - 1),
     )  # fmt: skip
     _print_plan(run, job, str(read), ptx_report)
