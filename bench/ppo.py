@@ -29,7 +29,7 @@ from ppomax.config.layers import overlay
 from ppomax.config.recipes import vanilla
 from ppomax.models.load import load_tokenizer, model_directory
 from ppomax.monitor.log import read_metrics
-from ppomax.stages import ppo_setup, update
+from ppomax.stages import inputs, update
 from ppomax.stages.ppo import ppo
 
 LEARNING_RATE, BETAS, KL, GAE_LAMBDA, CLIP = 1e-6, (0.9, 0.95), 0.05, 0.95, 0.2
@@ -86,7 +86,7 @@ def _ours(contender: Contender, arguments: argparse.Namespace, workload: Workloa
     counted: list[int] = []
     whitened = _watched(update, "normalise_advantages", lambda _, given, __: counted.append(int(given[1].sum())))
     # No id ends a response: eos is sampled like any other token, as in TRL without a stop token.
-    endless = nullcontext() if workload.stops else mock.patch.object(ppo_setup, "eos_token_ids", lambda *_: [])
+    endless = nullcontext() if workload.stops else mock.patch.object(inputs, "eos_token_ids", lambda *_: [])
     with whitened, endless:
         ppo(config)
     rows = read_metrics(config.run_dir / "metrics.jsonl")
