@@ -7,14 +7,13 @@ Where `models/few_rows.py` has its limit from:
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-
 import torch
 from torch.nn import functional as F
 
+from ppomax.engine.speed import most_calls
+
 LAYERS, SHAPES, ROWS = 30, ((1536, 576), (576, 1536), (576, 576), (192, 576)), (4, 16, 32, 64, 96, 128, 256)
-REPEATS, CALLS = 4, 3
+SECONDS = 0.4
 
 
 def main() -> None:
@@ -35,20 +34,8 @@ def main() -> None:
                 for weight in weights:
                     torch.mm(weight, x.t()).t().contiguous()
 
-            theirs, ours = work / seconds(plain), work / seconds(first)
+            theirs, ours = (work * most_calls(call, torch.device("cpu"), SECONDS) for call in (plain, first))
             print(f"{outputs:5d} × {inputs:5d} {rows:5d} {theirs:5.0f} {ours:5.0f} {ours / theirs:5.2f}×", flush=True)
-
-
-def seconds(call: Callable[[], None]) -> float:
-    """The fastest of a few blocks of calls."""
-    call()
-    best = float("inf")
-    for _ in range(REPEATS):
-        began = time.perf_counter()
-        for _ in range(CALLS):
-            call()
-        best = min(best, (time.perf_counter() - began) / CALLS)
-    return best
 
 
 if __name__ == "__main__":

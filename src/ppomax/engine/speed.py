@@ -47,14 +47,14 @@ def product_rate(device: torch.device, dtype: torch.dtype, shape: Shape, *, seco
     n, k, m = shape
     draw = torch.Generator(device).manual_seed(0)
     a, b = (torch.rand(*axes, generator=draw, device=device).sub_(0.5).to(dtype) for axes in ((n, k), (k, m)))
-    return operations(shape) * _most_calls(lambda: torch.mm(a, b), device, seconds)
+    return operations(shape) * most_calls(lambda: torch.mm(a, b), device, seconds)
 
 
 def copy_rate(device: torch.device, *, seconds: float) -> float:
     """Bytes a second that a copy of a large tensor reads and writes, both counted."""
     source = torch.ones(COPIED_BYTES // 4, device=device)
     target = torch.empty_like(source)
-    return 2 * COPIED_BYTES * _most_calls(lambda: target.copy_(source), device, seconds)
+    return 2 * COPIED_BYTES * most_calls(lambda: target.copy_(source), device, seconds)
 
 
 def model_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
@@ -78,7 +78,7 @@ def operations(shape: Shape) -> int:
     return 2 * n * k * m
 
 
-def _most_calls(call: Callable[[], object], device: torch.device, seconds: float) -> float:
+def most_calls(call: Callable[[], object], device: torch.device, seconds: float) -> float:
     """Calls a second in the fastest block of calls."""
 
     def timed(count: int) -> float:

@@ -13,6 +13,11 @@ from torch import Tensor
 CHUNK_BYTES = 100_000_000
 
 
+def chunk_rows(vocabulary: int) -> int:
+    """States whose logits are held at once."""
+    return max(1, CHUNK_BYTES // (4 * vocabulary))
+
+
 @dataclass(frozen=True)
 class Unembedded:
     """Hidden states [N, H] and the unembedding (weight [V, H], bias [V] or None) that turns them into logits."""
@@ -38,7 +43,7 @@ class Unembedded:
 
     def chunks(self) -> list[slice]:
         """Rows whose logits fit in CHUNK_BYTES."""
-        count, size = len(self.states_NH), max(1, CHUNK_BYTES // (4 * self.weight_VH.shape[0]))
+        count, size = len(self.states_NH), chunk_rows(self.weight_VH.shape[0])
         return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
     def room(self) -> Tensor:

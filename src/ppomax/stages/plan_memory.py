@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ppomax.config.plan import PlanConfig
 from ppomax.engine.checkpoint import FILE_BYTES
 from ppomax.models.attention import LONGEST_FOLDED
-from ppomax.models.logprobs import CHUNK_BYTES
+from ppomax.models.logprobs import chunk_rows
 from ppomax.models.shapes import Shape
 from ppomax.rollout.sampler import cache_shape
 
@@ -170,7 +170,7 @@ def vocabulary_working(role: Role, config: PlanConfig, machine: Machine, *, trai
 
 def _chunk(vocabulary: int, tokens: float) -> float:
     """Logits held at once, of so many tokens."""
-    return vocabulary * min(tokens, max(1, CHUNK_BYTES // (FLOAT32 * vocabulary)))
+    return vocabulary * min(tokens, chunk_rows(vocabulary))
 
 
 def cache(role: Role, config: PlanConfig, machine: Machine) -> float:
