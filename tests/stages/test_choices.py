@@ -343,6 +343,9 @@ CONTRADICTIONS: dict[str, dict[str, Any]] = {
     "baseline: found batch_mean with advantage gae": {"baseline": "batch_mean"},
     "k: found 3 with advantage gae": {"k": 3},
     "kl.horizon: found 2 with rollout_batch 16": {"kl": KLConfig(target=1.0, horizon=2.0)},
+    "compute.compiled: found True with objective trpo": {
+        "objective": ObjectiveConfig(kind="trpo"), "compute": FLOAT32.model_copy(update={"compiled": True}),
+    },
     "kl.place: found loss with objective trpo": {
         "objective": ObjectiveConfig(kind="trpo"), "kl": KLConfig(place="loss", estimator="k2"),
     },

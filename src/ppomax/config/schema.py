@@ -52,6 +52,10 @@ class ModelConfig(Schema):
     gradient_checkpointing: bool = Field(
         default=False, description="Recompute activations in the backward pass: less memory, a third more compute."
     )
+    compiled: bool = Field(
+        default=False,
+        description="Compile the layers of what is trained (torch.compile): minutes at the start, faster passes after.",
+    )
     tokens_per_microbatch: int = Field(
         default=4096,
         ge=16,

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from ppomax.data.batches import prompt_batches, token_budget_batches
 from ppomax.models.attention import packed_states, packing_is_exact
+from ppomax.models.compiled import compile_layers, uncompiled
 from ppomax.models.few_rows import weight_first
 from ppomax.models.flops import Cost, Costs, batch_work, stack_costs
 from ppomax.models.layers import lower_view, split_is_exact, upper_view
@@ -48,7 +49,7 @@ class Player(nn.Module):
 
     def __init__(
         self, model: nn.Module, *, train_layers: int | None, trained: bool, checkpointing: bool = False,
-        lora: Lora | None = None,
+        lora: Lora | None = None, compiled: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
         self.model = model
@@ -74,6 +75,9 @@ class Player(nn.Module):
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
             model.train()  # transformers recomputes in train mode only; dropout is 0 in every layer, see below
             _zero_dropout(model)
+        self.compiled = compiled and trained
+        if self.compiled:
+            compile_layers(self.base, self.device)
 
     def _unfreeze(self, lora: Lora | None) -> None:
         count = len(getattr(self.base, "layers", ()))
@@ -85,6 +89,10 @@ class Player(nn.Module):
         elif self.train_layers > 0:
             self.base.layers[first:].requires_grad_(True)
             self.base.norm.requires_grad_(True)
+
+    def _as_written(self) -> AbstractContextManager[None]:
+        """While inside, nothing is compiled."""
+        return uncompiled() if self.compiled else nullcontext()
 
     def trunk(self, batch: TokenBatch) -> Tensor:
         """States [B, T, H] above the frozen lower layers, without gradient."""
@@ -152,10 +160,14 @@ class Policy(Player):
 
     def __init__(
         self, model: nn.Module, *, train_layers: int | None, trained: bool, checkpointing: bool = False,
-        lora: Lora | None = None,
+        lora: Lora | None = None, compiled: bool = False,
     ) -> None:  # fmt: skip
-        super().__init__(model, train_layers=train_layers, trained=trained, checkpointing=checkpointing, lora=lora)
-        if not head_is_linear(model, self.base):
+        super().__init__(
+            model, train_layers=train_layers, trained=trained, checkpointing=checkpointing, lora=lora, compiled=compiled
+        )
+        with self._as_written():
+            linear = head_is_linear(model, self.base)
+        if not linear:
             raise SetupError(f"{type(model).__name__} changes its logits after the unembedding; this is not supported")
 
     def forward(
@@ -202,7 +214,7 @@ class Policy(Player):
         training = self.model.training
         self.model.eval()
         try:
-            with self.gathered(), weight_first(self.model):
+            with self.gathered(), weight_first(self.model), self._as_written():
                 yield
         finally:
             self.model.train(training)
@@ -230,9 +242,11 @@ class Scalar(Player):
 
     def __init__(
         self, model: nn.Module, *, train_layers: int | None, trained: bool, checkpointing: bool = False,
-        lora: Lora | None = None, unembedding: nn.Linear | None = None,
+        lora: Lora | None = None, compiled: bool = False, unembedding: nn.Linear | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(model, train_layers=train_layers, trained=trained, checkpointing=checkpointing, lora=lora)
+        super().__init__(
+            model, train_layers=train_layers, trained=trained, checkpointing=checkpointing, lora=lora, compiled=compiled
+        )
         self.head = scalar_head(model)
         self.head.requires_grad_(trained)
         self.unembedding = unembedding

@@ -133,6 +133,8 @@ def _objective_conflicts(config: PPOConfig) -> list[Conflict]:
         (config.buffer > 1 and objective.importance_cap is None, "buffer",
          f"{config.buffer} without objective.importance_cap, whose weights make up for the age of what is learnt again;"
          " give one, e.g. 2"),
+        (trpo and config.compute.compiled, "compute.compiled",
+         "True with objective trpo, which differentiates twice; expected False"),
         (trpo and config.kl.place == "loss", "kl.place", "loss with objective trpo; expected reward"),
         (trpo and config.ptx_weight is not None, "ptx_weight",
          f"{config.ptx_weight} with objective trpo, whose step has no room for it; expected None"),
