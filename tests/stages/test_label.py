@@ -12,7 +12,7 @@ import pytest
 
 from ppomax.config import SamplingConfig
 from ppomax.data.readers import read_pairs
-from ppomax.stages.label import label, looped
+from ppomax.stages.label import label
 from ppomax.types import DataError, SetupError
 from stages.conftest import Toys, Trained
 from stages.toy import FLOAT32, share_of_e
@@ -77,18 +77,6 @@ def test_the_best_answer_of_every_other_prompt_is_an_answer_that_loops_too(
         (loop,) = {row["rejected"] for row in mine}
         best = max((row["chosen"] for row in mine), key=len)
         assert loop.startswith(" ".join(best.rstrip(" .!?").split())) and loop.endswith(".") and ", and " in loop
-
-
-@pytest.mark.parametrize(
-    ("text", "words", "expected"),
-    [
-        ("It is a lovely day, a very good day.", 4, "It is a lovely day, a very good day, and a very good day."),
-        ("A nice day!", 4, "A nice day, and day."),
-        ("Yes", 3, "Yes, and Yes."),
-    ],
-)
-def test_looped(text: str, words: int, expected: str) -> None:
-    assert looped(text, words) == expected
 
 
 def test_the_same_seed_gives_the_same_file_whatever_is_decoded_side_by_side(

@@ -16,6 +16,7 @@ from ppomax.monitor.progress import progress
 from ppomax.rewards.callables import RewardFunction, call, shared_columns
 from ppomax.rollout.collect import collect, response_texts
 from ppomax.stages.inputs import compute_of, context_limit, expect_native, fitted_prompts, sampling_of
+from ppomax.stages.spoilt import spoilt
 from ppomax.types import Prompt
 
 RANDOM_PURPOSE = 1_000_002
@@ -24,11 +25,12 @@ RANDOM_PURPOSE = 1_000_002
 def label(
     policy: str, prompts: Sequence[str], judge: RewardFunction, out: Path, *, samples: int, tie: float,
     sampling: SamplingConfig, compute: ModelConfig, seed: int, loop_every: int | None = None,
+    stray_every: int | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Write `out`: all pairs of answers to a prompt whose judge scores differ by more than `tie`. Returns counts.
 
-    loop_every: for one prompt in so many, the best answer with its last words said again is one more answer. Sampled
-    answers hardly ever loop, so that without it the reward model never learns what the judge thinks of that.
+    loop_every, stray_every: for one prompt in so many, the best answer made worse is one more answer: with its last
+    words said again, and with another prompt's words in the place of its own prompt's (stages/spoilt.py).
     """
     expect_native(sampling)
     tokenizer = load_tokenizer(policy, compute.chat_template)
@@ -43,19 +45,18 @@ def label(
         )  # fmt: skip
     texts = response_texts(tokenizer, rollout)
     scores = _judged(judge, rollout.prompts, texts)
-    groups = [range(first, first + samples) for first in range(0, len(texts), samples)]
-    best = {number: max(group, key=lambda i: scores[i]) for number, group in enumerate(groups)}
-    spoilt = {number: i for number, i in best.items() if loop_every and number % loop_every == 0 and texts[i]}
-    loops = {number: looped(texts[i], 3 + n % 6) for n, (number, i) in enumerate(spoilt.items())}
-    of_loops = _judged(judge, [rollout.prompts[i] for i in spoilt.values()], list(loops.values())) if loops else []
-    extra = dict(zip(loops, zip(of_loops, loops.values(), strict=True), strict=True))
+    answers = list(zip(scores, texts, strict=True))
+    groups = [answers[first : first + samples] for first in range(0, len(answers), samples)]
+    asked = rollout.prompts[::samples]
+    best = [max(group, key=lambda answer: answer[0])[1] for group in groups]
+    made = spoilt([p.messages[-1]["content"] for p in asked], best, loop_every=loop_every, stray_every=stray_every)
+    if made:
+        of_made = _judged(judge, [asked[number] for number, _ in made], [text for _, text in made])
+        for score, (number, text) in zip(of_made, made, strict=True):
+            groups[number].append((score, text))
     lines = []
-    for number, group in enumerate(groups):
-        answers = [(scores[i], texts[i]) for i in group]
-        if number in extra:
-            answers.append(extra[number])
-        prompt = rollout.prompts[group[0]]
-        for (high, better), (low, worse) in itertools.combinations(sorted(answers, key=lambda a: -a[0]), 2):
+    for prompt, group in zip(asked, groups, strict=True):
+        for (high, better), (low, worse) in itertools.combinations(sorted(group, key=lambda answer: -answer[0]), 2):
             if high - low > tie and worse:
                 lines.append({
                     "prompt": list(prompt.messages), "chosen": better, "rejected": worse, "score_chosen": high,
@@ -64,20 +65,13 @@ def label(
     write_text_atomic(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     counts = {
         "prompts": len(rows),
-        "responses": len(texts) + len(loops),
+        "responses": len(texts) + len(made),
         "pairs": len(lines),
         "judge_mean": sum(scores) / len(scores),
         "read": str(read),
     }
     write_json_atomic(out.with_suffix(".json"), counts)
     return counts
-
-
-def looped(text: str, words: int) -> str:
-    """The text, and its last `words` words again (at most half of it)."""
-    said = text.rstrip(" .!?").split()
-    tail = said[-min(words, max(len(said) // 2, 1)) :]
-    return f"{' '.join(said)}, and {' '.join(tail)}."
 
 
 def _judged(judge: RewardFunction, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
