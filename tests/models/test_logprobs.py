@@ -67,6 +67,25 @@ def test_the_chunk_size_changes_nothing_beyond_rounding(monkeypatch: pytest.Monk
         )
 
 
+@pytest.mark.parametrize("count", [0, 1, 63, 64, 65, 96, 97, 120, 200, 291])
+def test_rows_of_logits_start_at_whole_vectors(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    monkeypatch.setattr(module, "CHUNK_BYTES", 100 * ROW_BYTES)
+    _, weight, _, _, _ = problem()
+    states = torch.randn(count, H, generator=torch.Generator().manual_seed(count))
+    of = Unembedded(states, weight)
+    room, sizes = of.room(), [rows.stop - rows.start for rows in of.chunks()]
+    assert sum(sizes) == count and max(sizes, default=0) <= 96 and len(sizes) == -(-count // 96)
+    assert max(sizes, default=0) - min(sizes, default=0) <= 8 * len(sizes), "a short last chunk costs much for little"
+    for rows, n in zip(of.chunks(), sizes, strict=True):
+        logits_Vn = of.logits(rows, 1.0, room)
+        assert logits_Vn.stride() == (n if n < 64 else -(-n // 8) * 8, 1)
+        torch.testing.assert_close(logits_Vn, weight @ states[rows].T)
+    # Rows that end while others are decoded leave fewer, which may then be one larger chunk.
+    fewer = Unembedded(states[:96], weight)
+    for rows in fewer.chunks():
+        torch.testing.assert_close(fewer.logits(rows, 1.0, room), weight @ states[rows].T)
+
+
 def test_a_chunk_smaller_than_one_row_still_makes_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     states, weight, bias, targets, _ = problem()
     whole = token_logprobs(states, weight, bias, targets)
