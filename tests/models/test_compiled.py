@@ -8,16 +8,18 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from models.architectures import EOS, policy, ragged, save_model, scalar
+from models.architectures import EOS, FLOAT32, policy, ragged, save_model, scalar
 from models.test_packing import gradients, padded, several_per_prompt
+from ppomax.config import ModelConfig, SFTConfig
 from ppomax.engine import world
 from ppomax.engine.randomness import uniforms_for
 from ppomax.models.compiled import compile_layers
-from ppomax.models.players import Policy
+from ppomax.models.players import Player, Policy
+from ppomax.models.shard import shard
 from ppomax.rollout.sampler import Distribution, sample
+from ppomax.stages.checkpoint import player_of
 from ppomax.types import SetupError, TokenBatch, token_batch
 
-CPU = torch.device("cpu")
 TOLERANCE = 1e-5
 
 
@@ -31,9 +33,13 @@ def fresh_graphs() -> Iterator[None]:
 
 def traced(player: Policy) -> Policy:
     """Compiled by a backend that needs no compiler, so that the graphs are real and the test is short."""
-    compile_layers(player.base, CPU, backend="aot_eager")
-    player.compiled = True
+    compile_layers(player, backend="aot_eager")
     return player
+
+
+def ready(player: Player) -> Player:
+    """As every stage that trains has it."""
+    return shard(player, FLOAT32, ModelConfig(compiled=True))
 
 
 def assert_same_gradients(compiled: Policy, plain: Policy, batch: TokenBatch) -> None:
@@ -82,26 +88,34 @@ def test_decoding_compiles_nothing(lively: str) -> None:
 
 
 def test_the_real_compiler(lively: str) -> None:
-    compiled, plain = policy(lively, trained=True, compiled=True), policy(lively, trained=True)
+    compiled, plain = ready(policy(lively, trained=True)), policy(lively, trained=True)
     assert_same_gradients(compiled, plain, several_per_prompt())
     assert counters["stats"]["unique_graphs"] == 1
 
 
 def test_a_frozen_player_stays_as_written(lively_reward: str) -> None:
-    frozen = scalar(lively_reward, compiled=True)
+    frozen = ready(scalar(lively_reward))
     frozen(several_per_prompt())
     assert not frozen.compiled and counters["stats"]["unique_graphs"] == 0
+
+
+def test_a_run_is_exported_and_replayed_as_written(lively: str) -> None:
+    """A machine that only reads a run needs no compiler, and hooks look into layers that are not one kernel."""
+    settings = SFTConfig(model=lively, compute=ModelConfig(compiled=True))
+    player, _, _ = player_of(settings, "final", FLOAT32)
+    player(several_per_prompt())
+    assert not player.compiled and counters["stats"]["unique_graphs"] == 0
 
 
 def test_what_cannot_be_compiled_is_refused_before_the_first_step(
     lively: str, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(SetupError, match="compiled: GPT2Model has no list of decoder layers"):
-        policy(save_model("gpt2", tmp_path_factory.mktemp("gpt2")), trained=True, compiled=True)
+        ready(policy(save_model("gpt2", tmp_path_factory.mktemp("gpt2")), trained=True))
     with monkeypatch.context() as context, pytest.raises(SetupError, match="compiled: found True with 2 processes"):
         context.setattr(world, "size", lambda: 2)
-        policy(lively, trained=True, compiled=True)
+        ready(policy(lively, trained=True))
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
     with pytest.raises(SetupError, match=r"compiled: found no C\+\+ compiler, expected one of g\+\+"):
-        policy(lively, trained=True, compiled=True)
+        ready(policy(lively, trained=True))

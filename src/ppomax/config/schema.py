@@ -54,7 +54,7 @@ class ModelConfig(Schema):
     )
     compiled: bool = Field(
         default=False,
-        description="Compile the layers of what is trained (torch.compile): minutes at the start, faster passes after.",
+        description="Compile the layers of what is trained (torch.compile), on one GPU; processors gain nothing.",
     )
     tokens_per_microbatch: int = Field(
         default=4096,

@@ -10,35 +10,30 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-from contextlib import AbstractContextManager
-from typing import Any
 
-import torch
 from torch import nn
 
 from ppomax.engine import world
+from ppomax.models.players import Player
 from ppomax.types import SetupError
 
 COMPILERS = ("g++", "clang++", "cl")
 
 
-def compile_layers(base: Any, device: torch.device, backend: str = "inductor") -> None:
+def compile_layers(player: Player, backend: str = "inductor") -> None:
     """Compile each decoder layer at its first pass; SetupError where it could not be done then.
 
     backend: torch.compile's. Another than the default is for tests: it traces as all do, and compiles no kernels.
     """
+    base, device = player.base, player.device.type
     if world.size() > 1:
         raise SetupError(f"compiled: found True with {world.size()} processes, expected one process; leave it out")
     if not isinstance(getattr(base, "layers", None), nn.ModuleList):
         raise SetupError(f"compiled: {type(base).__name__} has no list of decoder layers; leave it out")
-    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+    if device == "cuda" and importlib.util.find_spec("triton") is None:
         raise SetupError("compiled: found no triton, expected it to be installed; leave it out or pip install triton")
-    if device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", ""), *COMPILERS))):
+    if device == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", ""), *COMPILERS))):
         raise SetupError(f"compiled: found no C++ compiler, expected one of {', '.join(COMPILERS)} or one named by CXX")
     for layer in base.layers:
         layer.compile(dynamic=True, backend=backend)
-
-
-def uncompiled() -> AbstractContextManager[Any]:
-    """While inside, compiled layers run as they were written."""
-    return torch.compiler.set_stance("force_eager")
+    player.compiled = True

@@ -1,8 +1,8 @@
 """Linear layers for few tokens on CPU: while responses are decoded, every row brings one.
 
 In float32, weight · xᵀ is then a faster product than x · weightᵀ: 2.0 to 2.7 times as fast for 4 rows,
-1.1 to 1.4 times for 64, slower for 256
-(`python -m bench.products`, two AVX2 cores). bfloat16 goes to another library, where this was not tried.
+1.1 to 1.4 times for 64, slower for 256 (`python -m bench.products`, two AVX2 cores). bfloat16 goes to another library,
+where this was not tried.
 """
 
 from __future__ import annotations

@@ -49,8 +49,9 @@ class Unembedded:
     def chunks(self) -> list[slice]:
         """Rows whose logits fit in CHUNK_BYTES, in pieces of about the same size."""
         count, most = len(self.states_NH), chunk_rows(self.weight_VH.shape[0])
-        size = _width(math.ceil(count / max(1, math.ceil(count / most))))
-        return [slice(start, min(start + size, count)) for start in range(0, count, max(1, size))]
+        pieces = max(1, math.ceil(count / most))
+        size = max(1, _width(math.ceil(count / pieces)))
+        return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
     def room(self) -> Tensor:
         """Memory for the logits of one chunk, used again for the next: fresh pages cost as much as a reduction."""
@@ -227,4 +228,4 @@ def _view(room: Tensor, weight_VH: Tensor, rows: slice) -> Tensor:
 
 def _width(n: int) -> int:
     """Numbers from the start of one row of n logits to that of the next."""
-    return n if n < SHORTEST_ALIGNED else -(-n // ALIGNED) * ALIGNED
+    return n if n < SHORTEST_ALIGNED else math.ceil(n / ALIGNED) * ALIGNED

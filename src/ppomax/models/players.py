@@ -18,7 +18,6 @@ from torch.nn import functional as F
 
 from ppomax.data.batches import prompt_batches, token_budget_batches
 from ppomax.models.attention import packed_states, packing_is_exact
-from ppomax.models.compiled import compile_layers, uncompiled
 from ppomax.models.few_rows import weight_first
 from ppomax.models.flops import Cost, Costs, batch_work, stack_costs
 from ppomax.models.layers import lower_view, split_is_exact, upper_view
@@ -46,10 +45,12 @@ class Player(nn.Module):
     """A decoder stack, of which only the uppermost `train_layers` are trained if that is given; `lora`: by adapters."""
 
     fewest_layers = 1
+    # Whether its layers are compiled (models/compiled.py).
+    compiled = False
 
     def __init__(
         self, model: nn.Module, *, train_layers: int | None, trained: bool, checkpointing: bool = False,
-        lora: Lora | None = None, compiled: bool = False,
+        lora: Lora | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.model = model
@@ -75,9 +76,6 @@ class Player(nn.Module):
             model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
             model.train()  # transformers recomputes in train mode only; dropout is 0 in every layer, see below
             _zero_dropout(model)
-        self.compiled = compiled and trained
-        if self.compiled:
-            compile_layers(self.base, self.device)
 
     def _unfreeze(self, lora: Lora | None) -> None:
         count = len(getattr(self.base, "layers", ()))
@@ -89,10 +87,6 @@ class Player(nn.Module):
         elif self.train_layers > 0:
             self.base.layers[first:].requires_grad_(True)
             self.base.norm.requires_grad_(True)
-
-    def _as_written(self) -> AbstractContextManager[None]:
-        """While inside, nothing is compiled."""
-        return uncompiled() if self.compiled else nullcontext()
 
     def trunk(self, batch: TokenBatch) -> Tensor:
         """States [B, T, H] above the frozen lower layers, without gradient."""
@@ -160,14 +154,10 @@ class Policy(Player):
 
     def __init__(
         self, model: nn.Module, *, train_layers: int | None, trained: bool, checkpointing: bool = False,
-        lora: Lora | None = None, compiled: bool = False,
+        lora: Lora | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(
-            model, train_layers=train_layers, trained=trained, checkpointing=checkpointing, lora=lora, compiled=compiled
-        )
-        with self._as_written():
-            linear = head_is_linear(model, self.base)
-        if not linear:
+        super().__init__(model, train_layers=train_layers, trained=trained, checkpointing=checkpointing, lora=lora)
+        if not head_is_linear(model, self.base):
             raise SetupError(f"{type(model).__name__} changes its logits after the unembedding; this is not supported")
 
     def forward(
@@ -214,7 +204,8 @@ class Policy(Player):
         training = self.model.training
         self.model.eval()
         try:
-            with self.gathered(), weight_first(self.model), self._as_written():
+            as_written = torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
+            with self.gathered(), weight_first(self.model), as_written:
                 yield
         finally:
             self.model.train(training)
@@ -242,11 +233,9 @@ class Scalar(Player):
 
     def __init__(
         self, model: nn.Module, *, train_layers: int | None, trained: bool, checkpointing: bool = False,
-        lora: Lora | None = None, compiled: bool = False, unembedding: nn.Linear | None = None,
+        lora: Lora | None = None, unembedding: nn.Linear | None = None,
     ) -> None:  # fmt: skip
-        super().__init__(
-            model, train_layers=train_layers, trained=trained, checkpointing=checkpointing, lora=lora, compiled=compiled
-        )
+        super().__init__(model, train_layers=train_layers, trained=trained, checkpointing=checkpointing, lora=lora)
         self.head = scalar_head(model)
         self.head.requires_grad_(trained)
         self.unembedding = unembedding

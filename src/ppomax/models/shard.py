@@ -20,6 +20,7 @@ from torch.utils._pytree import SUPPORTED_NODES
 
 from ppomax.config import ModelConfig
 from ppomax.engine import world
+from ppomax.models.compiled import compile_layers
 from ppomax.models.load import Compute
 from ppomax.models.players import Player, ScalarOutput, TokenScores
 from ppomax.types import token_batch
@@ -33,12 +34,14 @@ def loading(compute: Compute) -> Compute:
 
 
 def shard(player: P, compute: Compute, config: ModelConfig) -> P:
-    """Spread a player's trained parameters over the processes; alone, nothing happens.
+    """Make a player ready to train: compiled, if that is asked for; spread over the processes, if there are several.
 
     With zero3 a layer that a pass gathered goes back after the forward pass, and frozen players are spread too, unless
     they share weights with trained ones; with zero2 it goes back after the backward pass, and frozen ones stay whole.
     """
     trained = {p for p in player.parameters() if p.requires_grad}
+    if trained and config.compiled:
+        compile_layers(player)
     reshard, shares = config.shard == "zero3", config.train_layers is not None or config.lora_rank is not None
     if world.size() == 1 or (not trained and (shares or not reshard)):
         return player

@@ -99,10 +99,7 @@ def sampling_of(config: SamplingConfig, policy: Policy, tokenizer: Any) -> Sampl
 def training_of(config: ModelConfig, seed: int) -> dict[str, Any]:
     """A player's arguments that say what of it is trained, and how."""
     lora = None if config.lora_rank is None else Lora(config.lora_rank, config.lora_alpha, seed)
-    return {
-        "train_layers": config.train_layers, "checkpointing": config.gradient_checkpointing, "lora": lora,
-        "compiled": config.compiled,
-    }  # fmt: skip
+    return {"train_layers": config.train_layers, "checkpointing": config.gradient_checkpointing, "lora": lora}
 
 
 def trained_of(player: Player) -> str:
