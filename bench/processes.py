@@ -1,6 +1,6 @@
-"""N processes beside one on the same cores: the iteration of `make bench` (fixed), full shards, by `torchrun`.
+"""N processes beside one on the same cores: the iteration of `make bench` (fixed), everything trained, by `torchrun`.
 
-    python -m bench.processes [--rows 32] [--processes 2] [--shard zero2 zero3] [--repeats 2]
+    python -m bench.processes [--rows 32] [--processes 2] [--shard none zero2 zero3] [--repeats 2]
 
 One process uses all cores, N share them. They take turns; the fastest iteration counts, the first of each run warms up.
 """
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--iterations", type=int, default=2)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--shard", nargs="+", choices=["zero2", "zero3"], default=["zero2"])
+    parser.add_argument("--shard", nargs="+", choices=["none", "zero2", "zero3"], default=["none"])
     parser.add_argument("--repeats", type=int, default=2)
     options = parser.parse_args()
     options.device = "cpu"

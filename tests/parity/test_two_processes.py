@@ -45,12 +45,24 @@ def runs(folder: Path, trained: Trained, trained_above: Trained, toys: Toys) -> 
         ),
         "twenty": ppo("twenty", trained.sft, iterations=20, **rewarded),
         "zero2": ppo("zero2", trained.sft, compute=compute(shard="zero2"), whiten_advantages=True, **rewarded, **learn),
+        "none": ppo("none", trained.sft, compute=compute(shard="none"), whiten_advantages=True, **rewarded, **learn),
+        "none trunk": ppo(
+            "none-trunk", trained_above.sft, compute=compute(train_layers=1, shard="none"), save=SaveConfig(every=1),
+            **top, **learn,
+        ),
+        "none reward": reward_config(
+            folder / "none-reward", trained.sft, toys.pairs, epochs=1, compute=compute(shard="none"), optim=CALM
+        ),
         "trunk": ppo("trunk", trained_above.sft, compute=compute(train_layers=1), **top, **learn),
         "lora": ppo("lora", trained.sft, compute=compute(lora_rank=2), **rewarded),
         "average": ppo("average", trained.sft, iterations=4, **plain, **age),
         "full kl": ppo("full-kl", trained.sft, kl=KLConfig(place="loss", estimator="full"), **plain),
         "one to two": ppo("one-to-two", trained.sft, iterations=4, save=SaveConfig(every=2), **plain, **age),
         "two to one": ppo("two-to-one", trained.sft, iterations=4, save=SaveConfig(every=2), **plain, **age),
+        "two to one, none": ppo(
+            "two-to-one-none", trained.sft, iterations=4, compute=compute(shard="none"), save=SaveConfig(every=2),
+            **plain, **age,
+        ),
     }  # fmt: skip
 
 
@@ -64,10 +76,10 @@ def both(
     for config in one.values():
         run(config)
     run(two["one to two"], stop=True)
-    jobs = [(config, {}) for name, config in two.items() if name not in ("one to two", "two to one")]
-    jobs += [(two["one to two"], {"resume": True}), (two["two to one"], {"stop": True})]
-    run_in_two(folder, jobs)
+    given = {"one to two": {"resume": True}, "two to one": {"stop": True}, "two to one, none": {"stop": True}}
+    run_in_two(folder, [(config, given.get(name, {})) for name, config in two.items()])
     run(two["two to one"], resume=True)
+    run(two["two to one, none"], resume=True)
     return one, two
 
 

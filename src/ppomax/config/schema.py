@@ -61,10 +61,11 @@ class ModelConfig(Schema):
         ge=16,
         description="Tokens of one forward-backward pass, padding included. Bounds memory, not the result.",
     )
-    shard: Literal["zero2", "zero3"] = Field(
+    shard: Literal["none", "zero2", "zero3"] = Field(
         default="zero3",
         description="With several processes: what a pass gathered goes back after the forward pass (zero3, less memory)"
-        " or after the backward pass (zero2, less traffic; the reference and the reward model stay whole).",
+        " or after the backward pass (zero2, less traffic; the reference and the reward model stay whole). none: each"
+        " has all weights and moments, only gradients travel (fastest, for models that fit).",
     )
     offload: bool = Field(
         default=False, description="With several processes: master weights and moments in the host's memory."

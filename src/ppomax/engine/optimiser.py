@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ppomax.engine import world
+
 
 def learning_rate(
     step: int, total: int, *, peak: float, warmup: float, schedule: str, floor: float
@@ -78,6 +80,7 @@ class Optimiser:
 
         A non-finite norm changes nothing: the gradient is dropped and the caller counts the skip.
         """
+        self._sum_over_processes()
         norm = self.gradient_norm()
         if math.isfinite(norm):
             if self.max_grad_norm is not None:
@@ -92,6 +95,11 @@ class Optimiser:
                     parameter.copy_(self.masters[name])
         self.zero_grad()
         return norm
+
+    def _sum_over_processes(self) -> None:
+        """Where every process has all masters, each has found the gradient of its own rows; shards are sums already."""
+        found = [m.grad for m in self.masters.values() if m.grad is not None]
+        world.fill(*(gradient for gradient in found if not isinstance(gradient, DTensor)))
 
     @torch.no_grad()
     def scale(self, name: str, factor: float) -> None:

@@ -128,7 +128,7 @@ def largest(number: float) -> float:
 
 
 def fill(*tensors: Tensor) -> None:
-    """Make tensors on the CPU whole, of which each process wrote its own rows and left the others 0: by sums."""
+    """Sum tensors over all processes in place: each wrote its own rows and left the others 0, or has its own gradients."""
     if size() > 1:
         for tensor in tensors:
             dist.all_reduce(tensor)

@@ -28,9 +28,9 @@ from ppomax.types import token_batch
 P = TypeVar("P", bound=Player)
 
 
-def loading(compute: Compute) -> Compute:
+def loading(compute: Compute, config: ModelConfig) -> Compute:
     """How a trained model is read: in float32 where it will be sharded, since its shards are the masters."""
-    return compute if world.size() == 1 else replace(compute, dtype=torch.float32)
+    return compute if world.size() == 1 or config.shard == "none" else replace(compute, dtype=torch.float32)
 
 
 def shard(player: P, compute: Compute, config: ModelConfig) -> P:
@@ -38,12 +38,13 @@ def shard(player: P, compute: Compute, config: ModelConfig) -> P:
 
     With zero3 a layer that a pass gathered goes back after the forward pass, and frozen players are spread too, unless
     they share weights with trained ones; with zero2 it goes back after the backward pass, and frozen ones stay whole.
+    With none all stays whole: `Optimiser` sums the gradients.
     """
     trained = {p for p in player.parameters() if p.requires_grad}
     if trained and config.compiled:
         compile_layers(player)
     reshard, shares = config.shard == "zero3", config.train_layers is not None or config.lora_rank is not None
-    if world.size() == 1 or (not trained and (shares or not reshard)):
+    if world.size() == 1 or config.shard == "none" or (not trained and (shares or not reshard)):
         return player
     _register_outputs()
     spread = trained or set(player.parameters())

@@ -58,7 +58,7 @@ def load_players(config: PPOConfig, compute: Compute, tokenizer: Any, reward: Re
         else replace(t, reward=limited(t.reward, config.reward_timeout, name=t.name))
         for t in terms
     ]  # fmt: skip
-    trained = load_causal_lm(config.policy, loading(compute))
+    trained = load_causal_lm(config.policy, loading(compute, config.compute))
     policy = shard(Policy(trained, trained=True, **training_of(config.compute, config.seed)), compute, config.compute)
     critic = _load_critic(config, config.critic.init, compute, tokenizer, terms) if config.critic.init else None
     frozen = config.reference or config.policy
@@ -123,7 +123,7 @@ def _load_critic(config: PPOConfig, init: str, compute: Compute, tokenizer: Any,
         name = init
         if not same_vocabulary(load_tokenizer(name), tokenizer):
             raise SetupError(f"critic.init: {name} has another vocabulary than the policy; use --critic.init policy")
-    model = load_scalar_lm(name, loading(compute), fresh_head_seed=seed)
+    model = load_scalar_lm(name, loading(compute, config.compute), fresh_head_seed=seed)
     return shard(Scalar(model, trained=True, **training_of(config.compute, config.seed)), compute, config.compute)
 
 

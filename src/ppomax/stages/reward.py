@@ -131,7 +131,7 @@ def _train(run: Session, config: RewardConfig) -> dict[str, Any]:
 
 def reward_player(name: str, compute: Compute, config: RewardConfig, *, trained: bool) -> Scalar:
     """A scalar model on the trunk of a causal LM, with the unembedding kept where the LM term needs it."""
-    model = load_scalar_lm(name, loading(compute), fresh_head_seed=config.seed)
+    model = load_scalar_lm(name, loading(compute, config.compute), fresh_head_seed=config.seed)
     unembedding = None
     if config.lm_weight is not None and not model.config.tie_word_embeddings:  # type: ignore[union-attr]
         head = load_causal_lm(name, compute).get_output_embeddings()  # type: ignore[operator]

@@ -44,10 +44,8 @@ def _train(run: Session, config: SFTConfig) -> dict[str, Any]:
     heldout = dialogue_tokens(tokenizer, held, config.max_length)[0] if held else []
     per_epoch = -(-len(rows) // config.batch_size)
     steps = max(1, round(per_epoch * config.epochs))
-    policy = Policy(
-        load_causal_lm(config.model, loading(compute)), trained=True, **training_of(config.compute, config.seed)
-    )  # fmt: skip
-    policy = shard(policy, compute, config.compute)
+    model = load_causal_lm(config.model, loading(compute, config.compute))
+    policy = shard(Policy(model, trained=True, **training_of(config.compute, config.seed)), compute, config.compute)
     context_limit(policy.model, max(len(row.ids) for row in rows), "longest dialogue")
     optimiser = Optimiser(policy.trained_parameters(), **adamw(config.optim))
     size = optimiser.bytes()
