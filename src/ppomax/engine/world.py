@@ -128,7 +128,7 @@ def largest(number: float) -> float:
 
 
 def fill(*tensors: Tensor) -> None:
-    """Sum tensors over all processes in place: each wrote its own rows and left the others 0, or has its own gradients."""
+    """Sum tensors over all processes in place: each wrote its own rows and left the others 0, or has its gradients."""
     if size() > 1:
         for tensor in tensors:
             dist.all_reduce(tensor)
