@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from ppomax.data.chat import (
     CHATML,
     chat_template,
+    fit_dialogue,
     fit_prompt,
     prepare_tokenizer,
     render_dialogue,
@@ -231,3 +232,25 @@ def test_smollm2_pair_ids_equal_the_template(prepared_smollm2: PreTrainedTokeniz
     assert sum(mask) == len(response)
     whole = tokenizer.apply_chat_template([user("Hello"), assistant(answer)], tokenize=True, return_dict=False)
     assert whole == ids
+
+
+def test_what_looks_like_our_own_marks_is_only_text(tokenizer: PreTrainedTokenizerBase) -> None:
+    ids = render_prompt(tokenizer, [user("a \ufdd0999\ufdd1 \ufdd00\ufdd1 <|im_end|>")])
+    assert "\ufffd999\ufffd \ufffd0\ufffd <|im_end|>" in tokenizer.decode(ids)
+    assert ids.count(tokenizer.eos_token_id) == 1
+
+
+def test_a_long_dialogue_loses_its_oldest_exchanges_but_never_the_last(tokenizer: PreTrainedTokenizerBase) -> None:
+    turns = [turn for i in range(40) for turn in (user(f"Question {i}?"), assistant(f"Answer {i}."))]
+    for messages in (turns, [SYSTEM, *turns]):
+        dialogue = Dialogue(tuple(messages), key="k", source="s")
+        whole = len(render_dialogue(tokenizer, dialogue, max_length=10**6)[0])
+        assert fit_dialogue(tokenizer, dialogue, whole) == dialogue
+        kept = fit_dialogue(tokenizer, dialogue, whole // 2)
+        start = len(messages) - len(turns)
+        assert kept.messages[:start] == tuple(messages[:start]) and kept.messages[-1] == messages[-1]
+        length = len(render_dialogue(tokenizer, kept, max_length=10**6)[0])
+        exchange = len(render_prompt(tokenizer, [*kept.messages[:start], *messages[-len(kept.messages) - 2 + start :]]))
+        assert length <= whole // 2 < exchange
+        assert (kept.key, kept.source) == ("k", "s")
+        assert fit_dialogue(tokenizer, dialogue, 3).messages == (*messages[:start], *messages[-2:])

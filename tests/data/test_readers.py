@@ -213,3 +213,65 @@ def test_rows_carry_the_weight_of_their_file(write: Callable[..., Path]) -> None
     assert [
         row.weight for rows in (read_pairs(spec)[0], read_prompts(spec)[0], read_dialogues(spec)[0]) for row in rows
     ] == [3.0] * 3
+
+
+ANSWERED = {"role": "assistant", "content": "Human: hi\n\nAssistant: hello"}
+
+
+def test_an_answer_that_begins_like_a_dialogue_is_an_answer_where_there_is_a_prompt(write: Callable[..., Path]) -> None:
+    row = {"prompt": "Write a dialogue.", "chosen": ANSWERED["content"], "rejected": "no"}
+    [pair], report = read_pairs(str(write(row)))
+    assert (pair.prompt[0]["content"], pair.chosen, pair.rejected) == ("Write a dialogue.", ANSWERED["content"], "no")
+    assert report.kept == 1 and not report.noted
+    for answer in ({"prompt": "Write a dialogue.", "completion": ANSWERED["content"]},
+                   {"instruction": "Write a dialogue.", "output": ANSWERED["content"]}):  # fmt: skip
+        [dialogue], _ = read_dialogues(str(write(answer)))
+        assert dialogue.messages == ({"role": "user", "content": "Write a dialogue."}, ANSWERED)
+    # The whole dialogue beside its own prompt is still the whole dialogue.
+    row = {"prompt": "hi", "chosen": ANSWERED["content"], "rejected": "Human: hi\n\nAssistant: go"}
+    [pair], _ = read_pairs(str(write(row)))
+    assert (len(pair.prompt), pair.chosen, pair.rejected) == (1, "hello", "go")
+
+
+def test_an_empty_response_leaves_its_ranking_alone(write: Callable[..., Path]) -> None:
+    path = write({"prompt": "q", "responses": ["a", " ", "b"], "scores": [1, 9, 2]})
+    pairs, report = read_pairs(str(path))
+    assert [(p.chosen, p.rejected, p.gap) for p in pairs] == [("b", "a", 1.0)]
+    assert str(report).endswith(f"noted 1 empty response left out of its ranking (first {path}:1)")
+
+
+def test_a_file_of_several_schemas_is_noted_with_its_lines(write: Callable[..., Path]) -> None:
+    chat = {
+        "chosen": messages(("user", "q"), ("assistant", "a")),
+        "rejected": messages(("user", "q"), ("assistant", "b")),
+    }
+    ranked = {"prompt": "q", "responses": ["a", "b"], "ranks": [1, 2]}
+    path = write(GOOD_PAIR, ranked, chat, ranked)
+    pairs, report = read_pairs(str(path))
+    assert len(pairs) == report.kept == 4
+    usual = "in a file that begins with `chosen` and `rejected`"
+    assert report.noted == {f"with `responses` {usual}": 2, f"with `chosen` and `rejected` as messages {usual}": 1}
+    assert report.first[f"with `responses` {usual}"] == f"{path}:2"
+
+
+def test_a_source_that_cannot_be_printed_is_still_a_source(write: Callable[..., Path]) -> None:
+    [pair], _ = read_pairs(str(write({**GOOD_PAIR, "source": "a\ud83d"})))
+    assert pair.source == "a?"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"prompt": "q", "chosen": "a", "rejected": "b", "id": %s}' % ("1" * 5000), r":1: JSON that cannot be read"),
+        ('{"prompt": "q", "x": %s}' % ("[" * 99999 + "]" * 99999), r":1: JSON that cannot be read"),
+        (
+            '{"prompt": "q", "chosen": "a", "rejected": "b", "score_chosen": %s, "score_rejected": 0}' % ("1" * 400),
+            r":1, `score_chosen`: found 1+, expected a finite number",
+        ),
+    ],
+)
+def test_numbers_and_lists_beyond_measure_are_named_with_their_line(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(text + "\n")
+    with pytest.raises(DataError, match=message):
+        read_pairs(str(path))

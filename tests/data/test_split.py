@@ -104,6 +104,15 @@ def test_the_seed_changes_the_split() -> None:
     assert split_by_key(ROWS, 40, seed=1)[1] != split_by_key(ROWS, 40, seed=2)[1]
 
 
+@pytest.mark.parametrize(("heldout", "sizes"), [(1e-9, (199, 1)), (1 - 1e-9, (1, 199))])
+def test_a_share_that_would_leave_a_side_empty_leaves_it_one_prompt(heldout: float, sizes: tuple[int, int]) -> None:
+    sides = split_by_key(ROWS, heldout, seed=1)
+    assert tuple(len({row.key for row in side}) for side in sides) == sizes
+    assert split_by_key(ROWS[::-1], heldout, seed=1)[1] == sides[1][::-1]
+    with pytest.raises(DataError, match="leaves one side empty"):
+        split_by_key(ROWS[:1], heldout, seed=1)
+
+
 @pytest.mark.parametrize(
     ("heldout", "message"),
     [
@@ -111,7 +120,6 @@ def test_the_seed_changes_the_split() -> None:
         (1.0, r"found 1.0, expected 0 < fraction < 1 \(an integer is a count\)"),
         (0, "count: found 0, expected 1 to 199 of 200 prompts"),
         (200, "count: found 200, expected 1 to 199"),
-        (1e-9, "leaves one side empty"),
         ({"default": 0}, "leaves one side empty"),
         ({"default": 201}, "held-out count of source 'default': found 201, expected 0 to 200"),
         ({"helpful": 3}, "held-out source 'helpful': found no such rows, expected one of default"),

@@ -16,6 +16,7 @@ from transformers import (
     GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    PhiConfig,
     Qwen2Config,
 )
 
@@ -51,6 +52,8 @@ CONFIGS: dict[str, Any] = {
         vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48,
         max_position_embeddings=256, bos_token_id=1, eos_token_id=EOS, hidden_dropout=0.3, attention_dropout=0.3,
     ),
+    # An unembedding with a bias.
+    "phi": lambda: PhiConfig(**_DECODER),
     "gemma2": lambda: Gemma2Config(**_GEMMA, sliding_window=64),
     "gemma2-logit-cap": lambda: Gemma2Config(**_GEMMA, sliding_window=64, attn_logit_softcapping=None),
     "gemma3": lambda: Gemma3TextConfig(**_GEMMA, sliding_window=64, layer_types=["full_attention"] * 3),

@@ -130,3 +130,8 @@ def test_the_head_alone() -> None:
     assert torch.equal(scalar(batch()).values_BT, whole(batch()).values_BT)
     with pytest.raises(SetupError, match="train_layers: found 0, expected 1 to 2"):
         Policy(tiny(), train_layers=0, trained=True)
+
+
+def test_adapters_and_a_head_alone_contradict_each_other() -> None:
+    with pytest.raises(SetupError, match="lora_rank: found 4 with train_layers 0"):
+        Scalar(load_scalar_lm("tiny", FLOAT32, fresh_head_seed=0), train_layers=0, trained=True, lora=LORA)

@@ -101,6 +101,25 @@ def test_by_text_and_by_ids_are_the_same_score_with_one_vocabulary(own: RewardMo
     assert by_text == pytest.approx(own.score_rows(rows_of(own.tokenizer)), abs=TOLERANCE)
 
 
+def test_trap_09_a_cut_response_gets_no_eos_from_being_read_as_text(own: RewardModel) -> None:
+    """Else it would be scored as if it had ended, by every reward model with a tokenizer of its own."""
+    cut = [(prompt, response[:-1]) for prompt, response in rows_of(own.tokenizer)[:2]]
+    by_text = own.score_text(PROMPTS[:2], ANSWERS[:2], truncated=[True, True])
+    assert by_text == pytest.approx(own.score_rows(cut), abs=TOLERANCE)
+    ended = own.score_text(PROMPTS[:2], ANSWERS[:2])
+    assert min(abs(a - b) for a, b in zip(by_text, ended, strict=True)) > 0.01
+
+
+def test_a_reward_model_of_another_template_reads_text_whatever_its_vocabulary(
+    lively_reward: str, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    other = load_tokenizer(lively_reward, "role-tags")
+    export_scalar(scalar(lively_reward).model, other, tmp_path)
+    model = load_reward_model(str(tmp_path), tiny_tokenizer, compute_of(FLOAT32), FLOAT32)
+    assert same_vocabulary(model.tokenizer, tiny_tokenizer) and not model.reads_ids
+    assert model.score_text(PROMPTS, ANSWERS) == pytest.approx(model.score_rows(rows_of(other)), abs=TOLERANCE)
+
+
 def test_a_foreign_reward_model_reads_text_through_its_own_template(foreign: str, tiny_tokenizer: Any) -> None:
     model = load_reward_model(foreign, tiny_tokenizer, compute_of(FLOAT32), FLOAT32)
     assert not model.reads_ids and model.max_length == 128

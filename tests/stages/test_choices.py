@@ -10,7 +10,15 @@ from typing import Any
 import pytest
 import torch
 
-from ppomax.config import CriticConfig, KLConfig, ObjectiveConfig, OptimConfig, PPOConfig, ScoreConfig
+from ppomax.config import (
+    CriticConfig,
+    KLConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    PPOConfig,
+    SamplingConfig,
+    ScoreConfig,
+)
 from ppomax.config.recipes import PPO_RECIPES
 from ppomax.models.players import Policy, at_responses
 from ppomax.stages.estimate import estimate
@@ -33,6 +41,7 @@ from stages.toy import (
 )
 
 NO_CRITIC = CriticConfig(init=None, pretrain_iterations=0)
+CALM_CRITIC = CriticConfig(init="policy", pretrain_iterations=0, optim=CALM)
 ONE_MINIBATCH: dict[str, Any] = {"rollout_batch": 16, "minibatch": 16}
 
 
@@ -313,6 +322,32 @@ def test_each_source_is_normalised_by_its_own_history(trained: Trained, toys: To
         assert float(own.std(correction=0)) == pytest.approx(1, abs=1e-5)
 
 
+def test_a_source_of_which_every_response_was_cut_has_no_history_yet(
+    trained: Trained, toys: Toys, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {
+        "score": ScoreConfig(by_source=True, truncated="bootstrap"), "sampling": SamplingConfig(max_new_tokens=1),
+        "critic": CriticConfig(init="policy", pretrain_iterations=0), "kl": KLConfig(coefficient=None),
+    }  # fmt: skip
+    it = first_iteration(prepared(ppo_config(tmp_path / "run", trained.sft, toys.prompts, **settings)))
+    assert it.scored.rollout.truncated_B.all() and not it.seen.by_source
+    assert not it.rewards_BR.any()
+
+
+def test_trpo_beside_fused_attention_which_cannot_be_differentiated_twice(
+    trained: Trained, toys: Toys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Prompts beyond 1,024 tokens and other devices than processors are read by torch's attention."""
+    settings: dict[str, Any] = {"objective": ObjectiveConfig(kind="trpo"), "iterations": 1, "critic": CALM_CRITIC}
+    moves = []
+    for name, longest in (("folded", 1024), ("fused", 0)):
+        monkeypatch.setattr("ppomax.models.attention.LONGEST_FOLDED", longest)
+        config = ppo_config(tmp_path / name, trained.sft, toys.prompts, **settings)
+        ppo(config)
+        moves.append(column(config, "trpo_kl")[0])
+    assert moves[0] > 1e-6 and moves[1] == pytest.approx(moves[0], rel=1e-2)
+
+
 def test_length_penalty_is_a_term_of_its_own(trained: Trained, toys: Toys, tmp_path: Path) -> None:
     settings: dict[str, Any] = {
         "score": ScoreConfig(normalise=False, clip=None, length_penalty=0.25, length_free=4), "kl": KLConfig(coefficient=None)
@@ -339,6 +374,12 @@ CONTRADICTIONS: dict[str, dict[str, Any]] = {
         "advantage": "rewards_to_go", "baseline": "group_normalise", "samples_per_prompt": 2,
     },
     "score.scale: found True beside": {"score": ScoreConfig(scale=True)},
+    "score.missing_eos_penalty: found 1.0 with score.truncated bootstrap": {
+        "score": ScoreConfig(truncated="bootstrap", missing_eos_penalty=1.0),
+    },
+    "objective.kind: found policy_gradient with 4 steps an iteration": {
+        "objective": ObjectiveConfig(kind="policy_gradient"), "rollout_batch": 16, "minibatch": 8, "epochs": 2,
+    },
     "score.clip: found 5.0 beside": {"score": ScoreConfig(scale=True, normalise=False)},
     "baseline: found batch_mean with advantage gae": {"baseline": "batch_mean"},
     "k: found 3 with advantage gae": {"k": 3},

@@ -73,6 +73,28 @@ def test_the_head_is_scaled_by_1_over_sigma_in_iteration_0(
     assert torch.equal(raw.players.critic.head.weight.detach().float(), head)
 
 
+@pytest.mark.parametrize("weight", [0.25, -1.0])
+@pytest.mark.parametrize(
+    "score", [ScoreConfig(), ScoreConfig(normalise=False), ScoreConfig(normalise=False, scale=True, clip=None)]
+)
+def test_the_head_is_in_the_unit_of_the_rewards_whatever_the_models_weight(
+    weight: float, score: ScoreConfig, trained: Trained, toys: Toys, tmp_path: Path
+) -> None:
+    config = ppo_config(
+        tmp_path / "run",
+        trained.sft,
+        toys.prompts,
+        reward=(f"{weight}*{trained.reward}",),
+        critic=FROM_REWARD,
+        score=score,
+    )
+    job = prepared(config)
+    head = job.players.critic.head.weight.detach().clone()
+    it = first_iteration(job)
+    unit = it.seen.scores.std if score.normalise else it.seen.returns.std if score.scale else 1.0
+    assert torch.allclose(job.players.critic.head.weight, head * weight / unit, rtol=1e-5)
+
+
 def test_scaling_happens_once(trained: Trained, toys: Toys, tmp_path: Path) -> None:
     critic = FROM_REWARD.model_copy(update={"optim": OptimConfig(lr=1e-12)})
     config = ppo_config(

@@ -85,10 +85,12 @@ def test_rates_are_those_of_the_sample_rows(compared: tuple[EvaluateConfig, dict
     assert [row["gold_after"] for row in rows] == toy.share_of_e([], [row["after"] for row in rows])
 
 
+@pytest.mark.parametrize("warp", [{}, {"top_p": 0.9, "repetition_penalty": 1.1}])
 def test_trap_25_and_26_perplexity_and_kl_are_those_of_plain_transformers(
-    improved: str, trained: Trained, toys: Toys, tmp_path: Path
+    warp: dict[str, float], improved: str, trained: Trained, toys: Toys, tmp_path: Path
 ) -> None:
-    sampling = SamplingConfig(max_new_tokens=10, temperature=0.5, top_p=0.9)
+    """Sampled tokens estimate the KL of the distribution that they come from; warped ones that of no model."""
+    sampling = SamplingConfig(max_new_tokens=10, temperature=0.5, **warp)
     config = config_of(tmp_path / "run", improved, trained, toys, sampling=sampling, best_of=())
     summary = evaluate(config)
     tokenizer = load_tokenizer(improved)
@@ -106,8 +108,9 @@ def test_trap_25_and_26_perplexity_and_kl_are_those_of_plain_transformers(
             ]
         index = torch.tensor(response)[:, None]
         nll -= float(logits[0].log_softmax(-1).gather(1, index).sum())  # temperature 1
-        a, b = ((x / 0.5).log_softmax(-1).gather(1, index) for x in logits)  # the one sampled at
-        kl += float((a - b).sum())
+        a, b = ((x / 0.5).log_softmax(-1) for x in logits)  # the one sampled at
+        kl += float((a.exp() * (a - b)).sum() if warp else (a - b).gather(1, index).sum())
+    assert summary["kl_estimator"] == ("full" if warp else "k1")
     tokens = sum(map(len, answers.rollout.responses()))
     assert summary["perplexity_after"] == pytest.approx(math.exp(nll / tokens), rel=1e-4)
     assert summary["kl_per_sequence"] == pytest.approx(kl / 90, rel=1e-4)

@@ -18,11 +18,12 @@ from ppomax.config import OptimConfig
 from ppomax.data.chat import render_prompt, render_response
 from ppomax.data.readers import read_pairs
 from ppomax.data.split import split_by_key
-from ppomax.models.load import load_tokenizer
+from ppomax.models.load import export_scalar, load_causal_lm, load_scalar_lm, load_tokenizer
+from ppomax.models.players import Policy, response_mask
 from ppomax.stages.inputs import RankedTokens, compute_of, ranked_tokens
 from ppomax.stages.reward import reward, reward_player
 from ppomax.stages.reward_scoring import score_pairs
-from ppomax.types import DataError, SetupError
+from ppomax.types import DataError, Pair, SetupError, token_batch
 from stages.conftest import Toys, Trained
 from stages.toy import (
     CALM,
@@ -120,6 +121,50 @@ def test_a_reward_model_of_another_vocabulary_is_not_compared(trained: Trained, 
         reward(reward_config(tmp_path / "run", trained.sft, toys.pairs, compare=other))
 
 
+@pytest.mark.parametrize("other", ["tiny", "template"])
+def test_a_comparison_that_cannot_be_made_is_refused_before_the_first_step(
+    other: str, trained: Trained, toys: Toys, tmp_path: Path
+) -> None:
+    if other == "template":
+        export_scalar(
+            load_scalar_lm(trained.reward, compute_of(FLOAT32)),
+            load_tokenizer(trained.reward, "role-tags"),
+            tmp_path / "o",
+        )
+        other = str(tmp_path / "o")
+    config = reward_config(tmp_path / "run", trained.sft, toys.pairs, max_steps=2, compare=other)
+    with pytest.raises(SetupError, match="score head|chat template"):
+        reward(config)
+    assert not (config.run_dir / "metrics.jsonl").exists()
+    # Leaving it out is no other run.
+    assert reward(config.model_copy(update={"compare": None}), resume=True)["steps"] == 2
+
+
+def test_a_ranking_stays_together_when_old_turns_are_dropped(trained: Trained) -> None:
+    turns = [{"role": r, "content": c * 12} for r, c in (("user", "old"), ("assistant", "so"))]
+    prompt = [*turns, {"role": "user", "content": "Now?"}]
+    pairs = [
+        Pair(tuple(prompt), "a", text, "k", weight=w) for text, w in (("b", 1.0), ("c " * 20, 3.0), ("d" * 99, 1.0))
+    ]
+    tokenizer = load_tokenizer(trained.sft)
+    whole = len(render_prompt(tokenizer, prompt))
+    [row], report = ranked_tokens(tokenizer, pairs, whole + 20)
+    assert len(row.responses) == 3 and row.pairs == ((0, 1), (0, 2)) and row.best == [0] and row.weight == 3.0
+    assert [m["content"] for m in row.messages] == ["Now?"] and len(row.prompt) < whole
+    assert report == f"1 longer than {whole + 20} tokens left out, 2 lost old turns"
+
+
+def test_pairs_that_say_the_opposite_and_answers_of_nothing_but_eos_are_dropped_and_counted(trained: Trained) -> None:
+    prompt = ({"role": "user", "content": "q"},)
+    sides = [("a", "b"), ("b", "a"), ("a", "c"), ("a", "c"), ("d", "<|im_end|>")]
+    rows, report = ranked_tokens(load_tokenizer(trained.sft), [Pair(prompt, *s, "k") for s in sides], 100)
+    assert [(len(row.responses), row.pairs) for row in rows] == [(2, ((0, 1),))]
+    for said in ("1 repeated", "2 pairs dropped because others say the opposite", "1 pairs dropped because a response"):
+        assert said in report
+    with pytest.raises(DataError, match="none of 2 pairs is left .*say the opposite"):
+        ranked_tokens(load_tokenizer(trained.sft), [Pair(prompt, *s, "k") for s in sides[:2]], 100)
+
+
 def test_the_loss_of_a_step_is_eq_2_of_the_untrained_model(trained: Trained, tmp_path: Path) -> None:
     data = write_rows(tmp_path / "ranked.jsonl", ranked_rows())
     config = reward_config(tmp_path / "run", trained.sft, data, ranking_weight=0.5, lm_weight=2.0, **ONE_STEP)
@@ -181,6 +226,20 @@ def test_the_lm_term_of_a_model_with_untied_embeddings(toys: Toys, tmp_path: Pat
     reward(config)
     rows = metrics(config.run_dir)
     assert rows[0]["lm_loss"] > rows[1]["lm_loss"] > 0
+
+
+def test_the_lm_term_reads_the_unembeddings_bias_and_refuses_what_is_no_unembedding(toys: Toys, tmp_path: Path) -> None:
+    model = save_model("phi", tmp_path / "phi")
+    config = reward_config(tmp_path / "run", model, toys.pairs)
+    player = reward_player(model, compute_of(FLOAT32), config, trained=True)
+    policy = Policy(load_causal_lm(model, compute_of(FLOAT32)), train_layers=None, trained=False)
+    batch = token_batch([[1, 5, 6]], [[7, 8, 9, 2]])
+    assert float(policy.model.lm_head.bias.abs().max()) > 0.1
+    expected = policy(batch).logprobs_BT
+    torch.testing.assert_close(player(batch, lm_mask_BT=response_mask(batch)).logprobs_BT, expected)
+    capped = save_model("gemma2-logit-cap", tmp_path / "gemma")
+    with pytest.raises(SetupError, match="changes its logits after the unembedding"):
+        reward_player(capped, compute_of(FLOAT32), config, trained=True)
 
 
 def test_trap_19_and_24_no_pair_is_split_and_microbatches_change_nothing(

@@ -92,7 +92,7 @@ class OptimConfig(Schema):
     weight_decay: float = Field(
         default=0.0,
         ge=0,
-        description="Decoupled decay of matrices, a scalar head among them; never on biases, norms and embeddings.",
+        description="Decoupled decay of matrices; never on biases, norms, embeddings and scalar heads.",
     )
     betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW's moment decay rates.")
     eps: float = Field(default=1e-8, gt=0, description="AdamW's denominator offset.")
@@ -237,6 +237,11 @@ class SamplingConfig(Schema):
         description="Who samples: native, or vllm, an engine in this process that gets the policy's weights before each"
         " iteration (PPO only; docs/vllm.md).",
     )
+
+    @property
+    def warped(self) -> list[str]:
+        """The settings, if any, that make it another distribution than softmax(logits / temperature)."""
+        return [name for name in ("top_p", "top_k", "repetition_penalty") if getattr(self, name) is not None]
 
 
 class EvaluateConfig(Schema):

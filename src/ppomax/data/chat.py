@@ -6,7 +6,9 @@ Template text is tokenised once and brings its own special tokens; no second set
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -107,6 +109,8 @@ def render_dialogue(
     for i in answers[:-1]:
         earlier, start = _turn_ids(tokenizer, dialogue.messages[: i + 1])
         _expect_prefix(ids, earlier, tokenizer)
+        if start >= max_length:
+            break
         mask[start : len(earlier)] = [True] * (len(earlier) - start)
     return ids[:max_length], mask[:max_length]
 
@@ -119,14 +123,31 @@ def fit_prompt(
     Whole exchanges are dropped, oldest first, so that what is left starts with a user turn; a system message and the
     last user turn are never dropped.
     """
+    parts = _newest_parts(messages)
+    first = _first_that_fits(parts, lambda part: len(render_prompt(tokenizer, part)) <= max_tokens)
+    return parts[first] if first < len(parts) else None
+
+
+def fit_dialogue(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, max_tokens: int) -> Dialogue:
+    """The dialogue without as many of its oldest exchanges as it takes to render to at most `max_tokens` ids.
+
+    The system message and the last exchange always stay, even where they alone are too long.
+    """
+    parts = _newest_parts(dialogue.messages)
+    first = _first_that_fits(parts, lambda part: len(_turn_ids(tokenizer, part)[0]) <= max_tokens)
+    return replace(dialogue, messages=parts[min(first, len(parts) - 1)])
+
+
+def _newest_parts(messages: Sequence[Message]) -> list[tuple[Message, ...]]:
+    """The whole, then without its oldest exchange, and so on; all begin with the system message, if there is one."""
     system = tuple(messages[:1]) if messages and messages[0]["role"] == "system" else ()
     turns = tuple(messages[len(system) :])
-    starts = [0] + [i for i in range(1, len(turns)) if turns[i]["role"] == "user"]
-    for start in starts:
-        kept = system + turns[start:]
-        if len(render_prompt(tokenizer, kept)) <= max_tokens:
-            return kept
-    return None
+    return [system + turns[i:] for i in range(len(turns)) if i == 0 or turns[i]["role"] == "user"]
+
+
+def _first_that_fits(parts: Sequence[tuple[Message, ...]], fits: Callable[[tuple[Message, ...]], bool]) -> int:
+    """The index of the longest part that fits (fewer turns are fewer tokens); most dialogues fit whole."""
+    return 0 if parts and fits(parts[0]) else bisect_left(parts, True, lo=1, key=fits) if parts else 0
 
 
 def _turn_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[list[int], int]:
@@ -165,7 +186,8 @@ def _template_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
     turn, nor begin one."""
     special = sorted({token.content for token in tokenizer.added_tokens_decoder.values() if token.special})
     spelled = [(f"\ufdd0{i}\ufdd1", token) for i, token in enumerate(special)]
-    marked = [Message(role=m["role"], content=_replaced(m["content"], spelled)) for m in messages]
+    plain = [_SPELLED.sub("\ufffd\\1\ufffd", m["content"]) for m in messages]  # what reads as our own marks is none
+    marked = [Message(role=m["role"], content=_replaced(x, spelled)) for m, x in zip(messages, plain, strict=True)]
     # Text and the numbers of spelt-out tokens in turns.
     pieces = _SPELLED.split(_template_text(tokenizer, marked, cue=cue))
     ids: list[int] = []

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ppomax.errors import first_line
 from ppomax.types import DataError, SetupError
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.+-]+(\[[\d:%-]*\])?)?")
@@ -185,6 +186,8 @@ def _parse(text: str, place: str, name: str) -> Any:
             f"{place}: malformed JSON, {line}column {error.colno}: {error.msg}. "
             f"It starts with: {start}{'...' if len(text.rstrip()) > 60 else ''}"
         ) from error
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, lists a thousand deep
+        raise DataError(f"{place}: JSON that cannot be read ({first_line(error)})") from error
 
 
 def _json_type(value: Any) -> str:

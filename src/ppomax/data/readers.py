@@ -92,7 +92,7 @@ def read_pairs(specs: str | Sequence[str]) -> tuple[list[Pair], ReadReport]:
     def convert(row: Row) -> tuple[list[Pair], tuple[str, ...]]:
         fields = schemas.present(row)
         if schemas.is_ranking(fields):
-            return ranked(row, fields), ()
+            return ranked(row, fields)
         if not schemas.is_pair(fields):
             raise schemas.missing_field(row, schemas.PAIR_SCHEMAS)
         pair = schemas.preference_of(fields, row.place)
@@ -106,11 +106,11 @@ def read_pairs(specs: str | Sequence[str]) -> tuple[list[Pair], ReadReport]:
         key, gap = prompt_key(pair.prompt), schemas.score_gap(fields, row.place)
         return [Pair(pair.prompt, pair.chosen, pair.rejected, key, _source(row), gap, row.weight)], pair.notes
 
-    def ranked(row: Row, fields: Mapping[str, Any]) -> list[Pair]:
-        prompt, pairs = schemas.ranking_of(fields, row.place)
+    def ranked(row: Row, fields: Mapping[str, Any]) -> tuple[list[Pair], tuple[str, ...]]:
+        prompt, pairs, notes = schemas.ranking_of(fields, row.place)
         schemas.check_prompt(prompt)
         key = prompt_key(prompt)
-        return [Pair(prompt, better, worse, key, _source(row), gap, row.weight) for better, worse, gap in pairs]
+        return [Pair(prompt, better, worse, key, _source(row), gap, row.weight) for better, worse, gap in pairs], notes
 
     return _read(specs, convert)
 
@@ -127,8 +127,11 @@ def _read(
     noted: Counter[str] = Counter()
     first: dict[str, str] = {}
     for spec in specs:
+        usual = None
         for row in iter_rows(spec):
             read += 1
+            schema = schemas.schema_of(schemas.present(row))
+            usual = usual or schema
             try:
                 values, notes = convert(row)
             except schemas.Unusable as reason:
@@ -137,7 +140,7 @@ def _read(
                 continue
             used += 1
             kept += values
-            for note in notes:
+            for note in notes if schema == usual else (*notes, f"with {schema} in a file that begins with {usual}"):
                 noted[note] += 1
                 first.setdefault(note, row.place)
     report = ReadReport(read, used, dict(dropped), dict(noted), first)
@@ -160,7 +163,8 @@ def _plain_text(row: Row) -> Dialogue:
 
 def _source(row: Row) -> str:
     # The label of the spec wins: it is what the user typed for this run.
-    return row.source or str(row.fields.get("source") or row.fields.get("subset") or "default")
+    label = row.source or str(row.fields.get("source") or row.fields.get("subset") or "default")
+    return label.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair can be read, but not printed
 
 
 def _digest(value: object) -> str:

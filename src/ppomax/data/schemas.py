@@ -59,6 +59,15 @@ def present(row: Row) -> dict[str, Any]:
     return fields
 
 
+def schema_of(fields: Mapping[str, Any]) -> str:
+    """What a row is made of, for a report of files that mix several; by the names that decide how it is read."""
+    for names in (("chosen", "rejected"), ("responses",), ("messages",), ("instruction",), ("prompt",), ("text",)):
+        if all(name in fields for name in names):
+            kind = " as messages" if isinstance(fields[names[0]], list) and names[0] in ("chosen", "prompt") else ""
+            return " and ".join(f"`{name}`" for name in names) + kind
+    return "other fields"
+
+
 def is_pair(fields: Mapping[str, Any]) -> bool:
     """Whether the row holds a preference."""
     return "chosen" in fields and "rejected" in fields
@@ -87,8 +96,13 @@ def is_ranking(fields: Mapping[str, Any]) -> bool:
     return "responses" in fields and ("ranks" in fields or "scores" in fields)
 
 
-def ranking_of(fields: Mapping[str, Any], place: str) -> tuple[Messages, list[tuple[str, str, float | None]]]:
-    """The prompt of a ranking and its pairs (better, worse, score gap; None for ranks); equal ranks make no pair."""
+def ranking_of(
+    fields: Mapping[str, Any], place: str
+) -> tuple[Messages, list[tuple[str, str, float | None]], tuple[str, ...]]:
+    """The prompt of a ranking, its pairs (better, worse, score gap; None for ranks) and notes.
+
+    Equal ranks make no pair. Empty responses are left out, and noted.
+    """
     if "prompt" not in fields:
         raise DataError(f"{place}: found `responses` without `prompt`, expected both")
     by = "scores" if "scores" in fields else "ranks"
@@ -101,10 +115,11 @@ def ranking_of(fields: Mapping[str, Any], place: str) -> tuple[Messages, list[tu
     texts = [_text(text, f"{place}, `responses`[{i}]").strip() for i, text in enumerate(responses)]
     sign = 1 if by == "scores" else -1
     goodness = [sign * _finite(value, f"{place}, `{by}`[{i}]") for i, value in enumerate(values)]
-    if not all(texts):
-        raise Unusable("empty response")
     check_text(*texts)
-    order = sorted(range(len(texts)), key=lambda i: -goodness[i])
+    order = sorted((i for i, text in enumerate(texts) if text), key=lambda i: -goodness[i])
+    if len(order) < 2 and not all(texts):
+        raise Unusable("empty response")
+    notes = () if all(texts) else ("empty response left out of its ranking",)
     pairs = [
         (texts[a], texts[b], goodness[a] - goodness[b] if by == "scores" else None)
         for at, a in enumerate(order)
@@ -113,7 +128,7 @@ def ranking_of(fields: Mapping[str, Any], place: str) -> tuple[Messages, list[tu
     ]
     if not pairs:
         raise Unusable("no response is ranked above another")
-    return _turns(fields["prompt"], "user", f"{place}, `prompt`"), pairs
+    return _turns(fields["prompt"], "user", f"{place}, `prompt`"), pairs, notes
 
 
 def dialogue_of(fields: Mapping[str, Any], place: str) -> Messages | None:
@@ -122,11 +137,9 @@ def dialogue_of(fields: Mapping[str, Any], place: str) -> Messages | None:
         return _message_list(fields["messages"], f"{place}, `messages`")
     answer = next((name for name in ("completion", "response") if name in fields), None)
     if "prompt" in fields and answer:
-        return _turns(fields["prompt"], "user", f"{place}, `prompt`") + _turns(
-            fields[answer], "assistant", f"{place}, `{answer}`"
-        )
+        return _turns(fields["prompt"], "user", f"{place}, `prompt`") + _answer(fields[answer], f"{place}, `{answer}`")
     if "instruction" in fields and "output" in fields:
-        return _instruction(fields, place) + _turns(fields["output"], "assistant", f"{place}, `output`")
+        return _instruction(fields, place) + _answer(fields["output"], f"{place}, `output`")
     if is_pair(fields):
         pair = preference_of(fields, place)
         return (*pair.prompt, Message(role="assistant", content=pair.chosen))
@@ -185,19 +198,23 @@ def check_text(*texts: str) -> None:
 def _side(fields: Mapping[str, Any], name: str, place: str) -> Messages:
     value = fields[name]
     where = f"{place}, `{name}`"
-    if isinstance(value, list):
-        messages = _message_list(value, where)
-        if any(message["role"] != "assistant" for message in messages):
-            return messages
-    else:
-        messages = _turns(value, "assistant", where)
-        if messages and messages[0]["role"] == "user":
-            return messages
+    messages = _turns(value, "assistant", where)
+    whole = any(m["role"] != "assistant" for m in messages[: None if isinstance(value, list) else 1])
     if "prompt" not in fields:
+        if whole:
+            return messages
         raise DataError(
             f"{where}: no prompt found. Found keys: {', '.join(fields)}. Expected one of: {'; '.join(PAIR_SCHEMAS)}"
         )
-    return _turns(fields["prompt"], "user", f"{place}, `prompt`") + messages
+    prompt = _turns(fields["prompt"], "user", f"{place}, `prompt`")
+    if whole and (isinstance(value, list) or _begins(messages, prompt)):
+        return messages
+    return prompt + _answer(value, where)
+
+
+def _begins(messages: Messages, prompt: Messages) -> bool:
+    """Whether a dialogue begins with a prompt."""
+    return len(messages) >= len(prompt) and all(map(_equal, messages, prompt))
 
 
 def _split_pair(chosen: Messages, rejected: Messages) -> Preference:
@@ -258,6 +275,14 @@ def _turns(value: Any, role: str, where: str) -> Messages:
     return tuple(turns)
 
 
+def _answer(value: Any, where: str) -> Messages:
+    """What follows a prompt of its own: a text that begins with "Human:" is an answer all the same."""
+    turns = _turns(value, "assistant", where)
+    if isinstance(value, str) and turns[0]["role"] == "user":
+        return (Message(role="assistant", content=value.strip()),)
+    return turns
+
+
 def _message_list(value: Any, where: str) -> Messages:
     if not isinstance(value, list):
         raise DataError(f"{where}: found {type(value).__name__}, expected a list of {{role, content}} messages")
@@ -273,9 +298,13 @@ def _message_list(value: Any, where: str) -> Messages:
 
 
 def _finite(value: Any, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise DataError(f"{where}: found {value!r}, expected a finite number")
-    return float(value)
+    try:
+        number = math.nan if isinstance(value, bool) or not isinstance(value, int | float) else float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise DataError(f"{where}: found {str(value)[:40]}, expected a finite number")
+    return number
 
 
 def _text(value: Any, where: str) -> str:

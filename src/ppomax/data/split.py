@@ -28,7 +28,8 @@ T = TypeVar("T", bound=Keyed)
 def split_by_key(rows: Sequence[T], heldout: Size, seed: int, *, purpose: str = "") -> tuple[list[T], list[T]]:
     """Split rows into (train, heldout) by a hash of (purpose, seed, key); both keep the order of `rows`.
 
-    A float in (0, 1) is the chance of each prompt to be held out: a prompt's side never depends on the other rows.
+    A float in (0, 1) is the chance of each prompt to be held out: a prompt's side never depends on the other rows, but
+    that neither side is left empty: the prompt that was nearest to the other side is then there.
     An int is an exact number of distinct prompts, shared out over the sources in proportion to their prompts. A mapping
     is the number of prompts by source. Of every source, those with the smallest hashes are held out.
     """
@@ -37,6 +38,9 @@ def split_by_key(rows: Sequence[T], heldout: Size, seed: int, *, purpose: str = 
         if not 0 < heldout < 1:
             raise DataError(f"held-out fraction: found {heldout}, expected 0 < fraction < 1 (an integer is a count)")
         held = {key for key in hashes if hashes[key] < heldout * 2**64}
+        held = held or {min(hashes, key=lambda key: (hashes[key], key))}
+        if len(held) == len(hashes):
+            held.discard(max(hashes, key=lambda key: (hashes[key], key)))
     else:
         by_source = _keys_by_source(rows)
         for keys in by_source.values():

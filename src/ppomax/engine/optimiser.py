@@ -150,5 +150,9 @@ class Optimiser:
 
 
 def _is_decayed(name: str, tensor: Tensor) -> bool:
-    """Matrices only: no biases, norms, embeddings (wte and wpe in GPT-2), nor the row of a scalar head."""
-    return tensor.ndim >= 2 and min(tensor.shape) > 1 and not any(part in name for part in ("embed", "wte", "wpe"))
+    """Matrices only: no biases, norms, embeddings (wte and wpe in GPT-2), nor the row of a scalar head.
+
+    GPT-NeoX calls its unembedding embed_out; it is a matrix as lm_head is elsewhere.
+    """
+    embedding = any(part in name for part in ("embed", "wte", "wpe")) and "embed_out" not in name
+    return tensor.ndim >= 2 and min(tensor.shape) > 1 and not embedding

@@ -14,13 +14,13 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from ppomax.data.chat import prepare_tokenizer
+from ppomax.data.chat import prepare_tokenizer, render_dialogue
 from ppomax.engine import world
 from ppomax.errors import first_line
 from ppomax.models.attention import attention_for
 from ppomax.models.embedded import embedded_directory
 from ppomax.models.lora import ADAPTER, has_adapters, merged_state, save_adapter
-from ppomax.types import SetupError
+from ppomax.types import Dialogue, Message, SetupError
 
 # What reading a directory of somebody else's may raise.
 UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, StrictDataclassError)
@@ -227,6 +227,21 @@ def ending_at_eos(tokenizer: Any) -> str | None:
 def same_vocabulary(a: Any, b: Any) -> bool:
     """Whether two tokenizers give every token the same id, so that ids can be passed from one model to the other."""
     return a.get_vocab() == b.get_vocab()
+
+
+def reads_alike(a: Any, b: Any) -> bool:
+    """Whether two tokenizers give the same dialogue the same ids: vocabulary, chat template, end of a turn."""
+    turns = (Message(role="user", content=" Hello, you? "), Message(role="assistant", content="Yes.\n"))
+    system = Message(role="system", content="Be brief.")
+    probes = [Dialogue(turns * 2, key=""), Dialogue((system, *turns), key="")]
+
+    def ids(tokenizer: Any, probe: Dialogue) -> list[int] | None:
+        try:
+            return render_dialogue(tokenizer, probe, max_length=1_000_000)[0]
+        except SetupError:  # some templates refuse a system message
+            return None
+
+    return same_vocabulary(a, b) and all(ids(a, probe) == ids(b, probe) for probe in probes)
 
 
 def context_length(model: nn.Module) -> int | None:

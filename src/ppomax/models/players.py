@@ -80,6 +80,10 @@ class Player(nn.Module):
     def _unfreeze(self, lora: Lora | None) -> None:
         count = len(getattr(self.base, "layers", ()))
         first = 0 if self.train_layers is None else count - self.train_layers
+        if lora is not None and self.train_layers == 0:
+            raise SetupError(
+                f"lora_rank: found {lora.rank} with train_layers 0, which trains the head alone; leave one of them out"
+            )
         if lora is not None and first < count:
             add_adapters(self.model, self.base, lora, first_layer=first)
         elif self.train_layers is None:
@@ -248,7 +252,8 @@ class Scalar(Player):
         if lm_mask_BT is None:
             return ScalarOutput(values)
         places = _Places.of(lm_mask_BT, batch)
-        states = Unembedded(hidden[places.rows, places.before], self._lm_weight())
+        bias = None if self.unembedding is None else self.unembedding.bias
+        states = Unembedded(hidden[places.rows, places.before], self._lm_weight(), bias)
         return ScalarOutput(values, _token_scores(states, places, 1.0, statistics=False).logprobs_BT)
 
     def _lm_weight(self) -> Tensor:

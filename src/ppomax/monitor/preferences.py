@@ -16,6 +16,7 @@ CONFIDENT = 0.9
 FEWEST_PAIRS = 100
 LARGEST_CALIBRATION_ERROR = 0.1
 MOST_CONFIDENT_MISTAKES = 0.1
+LEAST_AGREEMENT = 0.75
 
 
 @dataclass(frozen=True)
@@ -50,14 +51,17 @@ class JudgedPair:
         return self.length_chosen - self.length_rejected
 
 
-def summary_of(pairs: Sequence[JudgedPair]) -> dict[str, Any]:
-    """Everything that summary.json says about the held-out pairs; at least one pair."""
+def summary_of(pairs: Sequence[JudgedPair], *, agreed: float | None = None) -> dict[str, Any]:
+    """Everything that summary.json says about the held-out pairs; at least one pair.
+
+    agreed: the share of pairs that a second reward model orders alike, where there is one.
+    """
     sources = sorted({pair.source for pair in pairs})
     groups = calibration(pairs)
     summary = {
         "heldout_pairs": len(pairs),
         **accuracy(pairs),
-        "accuracy_by_source": {name: accuracy([p for p in pairs if p.source == name]) for name in sources},
+        "accuracy_by_source": {name: _of_source([p for p in pairs if p.source == name]) for name in sources},
         "length_only_accuracy": _mean([0.5 if p.longer == 0 else float(p.longer > 0) for p in pairs]),
         "accuracy_if_longer_preferred": _mean([p.right for p in pairs if p.longer > 0]),
         "accuracy_if_shorter_preferred": _mean([p.right for p in pairs if p.longer < 0]),
@@ -67,7 +71,11 @@ def summary_of(pairs: Sequence[JudgedPair]) -> dict[str, Any]:
         "confident_mistakes": _mean([1 - p.right for p in pairs if p.confidence > CONFIDENT]),
         "margin_histogram": histogram([p.margin for p in pairs]),
     }
-    return {**summary, "fit_for_ppo": verdict(summary)}
+    return {**summary, "fit_for_ppo": verdict(summary, agreed=agreed)}
+
+
+def _of_source(pairs: Sequence[JudgedPair]) -> dict[str, Any]:
+    return {"pairs": len(pairs), **accuracy(pairs)}
 
 
 def accuracy(pairs: Sequence[JudgedPair]) -> dict[str, Any]:
@@ -99,8 +107,8 @@ def by_length(pairs: Sequence[JudgedPair], *, bins: int = 5) -> list[dict[str, f
     return [{"longer": _mean([p.longer for p in g]), **_right(g)} for g in groups]
 
 
-def verdict(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """`answer`: yes, with care, or no; `reasons`: sentences, those that speak against it first.
+def verdict(summary: Mapping[str, Any], *, agreed: float | None = None) -> dict[str, Any]:
+    """`answer`: yes, with care, or no; `reasons`: sentences, those that speak against it first. agreed: see summary_of.
 
     Accuracy alone does not tell: a model that counts tokens can have 60%, and PPO would make answers longer.
     """
@@ -113,6 +121,10 @@ def verdict(summary: Mapping[str, Any]) -> dict[str, Any]:
     else:
         against = []
     careful = _weaknesses(summary)
+    if agreed is not None and agreed < LEAST_AGREEMENT:
+        careful.append(
+            f"The other reward model orders only {agreed:.0%} of the pairs alike: PPO climbs what is one's own."
+        )
     answer = "no" if against else "with care" if careful else "yes"
     good = f"Accuracy {found:.0%}, {found - counting:+.0%} over counting tokens, and about as sure as it is right."
     return {"answer": answer, "reasons": [*against, *careful] or [good]}

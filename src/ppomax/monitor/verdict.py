@@ -78,7 +78,7 @@ def headline(root: RunFiles, chapters: Mapping[str, RunFiles]) -> list[Number]:
         best = compared[0]
         interval = f"95% interval {best.ci95[0]:.0%} to {best.ci95[1]:.0%}" if best.ci95 else ""
         numbers.append(Number(f"win rate, {best.name}", f"{best.win_rate:.0%}", interval, _tone(best)))
-    accuracy = find("reward_accuracy", ("reward", "heldout_accuracy"), ("reward", "accuracy"))
+    accuracy = find("reward_accuracy", ("reward", "accuracy"), ("reward", "heldout_accuracy"))
     if math.isfinite(accuracy):
         tone: Tone = "good" if accuracy >= 0.75 else "bad" if accuracy < 0.6 else "plain"
         note = "of held-out pairs; guessing gives 50%"

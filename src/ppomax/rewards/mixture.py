@@ -62,7 +62,9 @@ def score_texts(
         if isinstance(term.reward, RewardModel):
             if not term.reward.reads_ids:
                 with clock(term.part):
-                    scores = term.reward.score_text(prompts, texts, count=partial(clock.count, term.part))
+                    scores = term.reward.score_text(
+                        prompts, texts, truncated=rollout.truncated_B.tolist(), count=partial(clock.count, term.part)
+                    )
                 components[term.name] = torch.tensor(scores)
             continue
         with clock(term.part):

@@ -16,7 +16,7 @@ from ppomax.types import Message, TokenBatch, Work, token_batch
 
 @dataclass(frozen=True)
 class RewardModel:
-    """A frozen scalar model with its tokenizer. `reads_ids`: it has the policy's vocabulary."""
+    """A frozen scalar model with its tokenizer. `reads_ids`: the policy's ids are those that it was trained on."""
 
     name: str
     scalar: Scalar
@@ -33,15 +33,17 @@ class RewardModel:
     @torch.no_grad()
     def score_text(
         self, prompts: Sequence[Sequence[Message]], responses: Sequence[str], *,
-        count: Callable[[Work], None] | None = None,
+        truncated: Sequence[bool] | None = None, count: Callable[[Work], None] | None = None,
     ) -> list[float]:  # fmt: skip
         """Scores of responses as text, through this model's own template; old turns are dropped to fit.
 
-        count: told the work of every microbatch.
+        truncated: which responses the length limit cut (None: none); they get no eos, as they had none. count: told the
+        work of every microbatch.
         """
         rows = []
-        for messages, response in zip(prompts, responses, strict=True):
+        for messages, response, cut in zip(prompts, responses, truncated or [False] * len(responses), strict=True):
             answer = render_response(self.tokenizer, response)[: self.max_length - 8]
+            answer = answer[:-1] if cut and len(answer) > 1 else answer
             fitted = fit_prompt(self.tokenizer, messages, self.max_length - len(answer))
             prompt = render_prompt(self.tokenizer, fitted or messages[-1:])[-(self.max_length - len(answer)) :]
             rows.append((prompt, answer))

@@ -74,7 +74,9 @@ def rewards_of(scored: ScoredRollouts, history: History, config: PPOConfig, *, k
         score_B = torch.zeros_like(score_B)
     elif settings.normalise and settings.by_source:
         sources = [prompt.source for prompt in rollout.prompts]
-        score_B = normalise_by_source(score_B, sources, history.by_source, clip=settings.clip)
+        # A source of which all responses were cut so far has no history with `truncated bootstrap`.
+        moments = {source: Moments() for source in sources} | dict(history.by_source)
+        score_B = normalise_by_source(score_B, sources, moments, clip=settings.clip)
     elif settings.normalise:
         score_B = normalise_and_clip(score_B, history.scores, clip=settings.clip)
     elif settings.clip is not None:

@@ -113,7 +113,10 @@ class Systems:
             return self.reward.score_rows(
                 list(zip(answers.rollout.prompt_ids, answers.rollout.responses(), strict=True))
             )
-        return self.reward.score_text([p.messages for p in answers.rollout.prompts], answers.texts)
+        rollout = answers.rollout
+        return self.reward.score_text(
+            [p.messages for p in rollout.prompts], answers.texts, truncated=rollout.truncated_B.tolist()
+        )
 
     def judged(self, answers: Answers) -> dict[str, list[float]]:
         """Every judge's scores."""
@@ -136,17 +139,24 @@ def _answer(
 
 @torch.no_grad()
 def _read(policy: Policy, reference: Policy | None, rollout: Rollout, config: EvaluateConfig) -> tuple[float, float]:
-    """Mean NLL per response token at temperature 1, and KL to `reference` per sequence (k1, sampling temperature)."""
-    responses = rollout.responses()
+    """Mean NLL per response token at temperature 1, and KL to `reference` per sequence at the sampling temperature.
+
+    The KL is k1 at the sampled tokens; where these come from a warped distribution (top-p and the like), of which that
+    would be no estimate, it is the exact KL at every state that they went through.
+    """
+    responses, temperature = rollout.responses(), config.sampling.temperature
     nll = kl = 0.0
     for rows in policy.microbatches(rollout.prompt_ids, responses, budget=config.compute.tokens_per_microbatch):
         device = str(policy.device)
         batch = token_batch([rollout.prompt_ids[i] for i in rows], [responses[i] for i in rows], device=device)
-        scores = policy(batch, temperature=config.sampling.temperature, statistics=True)
+        against = reference if config.sampling.warped else None
+        scores = policy(batch, temperature=temperature, statistics=True, against=against)
         mask = batch.mask_BR
         nll -= float(masked_sum(at_responses(scores.plain_logprobs_BT, batch), mask))
-        if reference is not None:
-            other = reference(batch, temperature=config.sampling.temperature).logprobs_BT
+        if against is not None:
+            kl += float(masked_sum(at_responses(scores.kl_BT, batch), mask))
+        elif reference is not None:
+            other = reference(batch, temperature=temperature).logprobs_BT
             kl += float(masked_sum(k1(at_responses(scores.logprobs_BT, batch), at_responses(other, batch)), mask))
     return nll / int(rollout.length_B.sum()), kl / len(rollout)
 
@@ -166,6 +176,7 @@ def _report(
         "prompts": len(set(groups)),
         "samples_per_prompt": config.samples_per_prompt,
         "kl_per_sequence": kl,
+        "kl_estimator": "full" if config.sampling.warped else "k1",
         "kl_per_token": kl * len(after.rollout) / int(after.rollout.length_B.sum()),
         "perplexity_before": math.exp(nll_before),
         "perplexity_after": math.exp(nll_after),

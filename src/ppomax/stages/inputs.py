@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ppomax.config import ModelConfig, SamplingConfig
-from ppomax.data.chat import fit_prompt, render_dialogue, render_prompt, render_response
+from ppomax.data.chat import fit_dialogue, fit_prompt, render_dialogue, render_prompt, render_response
 from ppomax.data.readers import ReadReport, read_prompts
 from ppomax.engine.checkpoint import file_hash
 from ppomax.models.load import Compute, model_directory, resolve_compute
@@ -109,62 +110,84 @@ def trained_of(player: Player) -> str:
 
 
 def dialogue_tokens(tokenizer: Any, dialogues: Sequence[Dialogue], max_length: int) -> tuple[list[Tokens], str]:
-    """Dialogues that have something to learn within `max_length`, and a sentence about what was cut or left out."""
-    rows, empty, cut = [], 0, 0
+    """Dialogues that have something to learn within `max_length`, and a sentence about what was cut or left out.
+
+    Old exchanges go first; what is too long even so is cut on the right.
+    """
+    rows, empty, cut, shortened = [], 0, 0, 0
     for dialogue in dialogues:
-        ids, mask = render_dialogue(tokenizer, dialogue, max_length)
-        cut += len(ids) == max_length
+        ids, mask = render_dialogue(tokenizer, dialogue, max_length + 1)
+        if len(ids) > max_length and len(dialogue.messages) > 2:
+            fitted = fit_dialogue(tokenizer, dialogue, max_length)
+            shortened += len(fitted.messages) < len(dialogue.messages)
+            ids, mask = render_dialogue(tokenizer, fitted, max_length + 1)
+        cut += len(ids) > max_length
+        row = Tokens(tuple(ids[:max_length]), tuple(mask[:max_length]))
         # The first token has no state before it, so it cannot count.
-        if any(mask[1:]):
-            rows.append(Tokens(tuple(ids), tuple(mask)))
+        if any(row.mask[1:]):
+            rows.append(row)
         else:
             empty += 1
     if not rows:
         raise DataError(f"no dialogue has an answer within {max_length} tokens; raise max_length or check the data")
-    return rows, f"{cut} cut at {max_length} tokens, {empty} left out because no answer fits"
-
-
-@dataclass
-class _Ranking:
-    """A prompt while its pairs are read: the responses with their numbers, the gap of every (better, worse)."""
-
-    messages: tuple[Message, ...]
-    key: str
-    weight: float
-    responses: dict[tuple[int, ...], int] = field(default_factory=dict)
-    gaps: dict[tuple[int, int], float | None] = field(default_factory=dict)
+    fate = f"{shortened} lost old turns, {cut} cut at {max_length} tokens"
+    return rows, f"{fate}, {empty} left out because no answer fits"
 
 
 def ranked_tokens(tokenizer: Any, pairs: Sequence[Pair], max_length: int) -> tuple[list[RankedTokens], str]:
     """Pairs by prompt, so that each response is read once and all pairs of a prompt stay together (InstructGPT).
 
-    A pair fits if its prompt and longer answer do; old turns go first, then the pair is left out and counted.
+    A response fits if what is left of the prompt does beside it. Old turns go first, for all responses of a prompt
+    alike, then pairs with responses that are too long; pairs that say the opposite of each other go both.
+    A prompt that several files give weighs what the heaviest of them says.
     """
-    grouped: dict[tuple[str, tuple[int, ...]], _Ranking] = {}
-    left_out = shortened = repeated = 0
+    by_prompt: dict[tuple[str, str], list[Pair]] = {}
     for pair in pairs:
-        sides = [tuple(render_response(tokenizer, text)) for text in (pair.chosen, pair.rejected)]
-        room = max_length - max(map(len, sides))
-        fitted = fit_prompt(tokenizer, pair.prompt, room) if room > 0 else None
-        if fitted is None:
-            left_out += 1
-            continue
-        shortened += len(fitted) < len(pair.prompt)
-        prompt = tuple(render_prompt(tokenizer, fitted))
-        ranking = grouped.setdefault((pair.source, prompt), _Ranking(tuple(fitted), pair.key, pair.weight))
-        better, worse = (ranking.responses.setdefault(side, len(ranking.responses)) for side in sides)
-        repeated += (better, worse) in ranking.gaps
-        ranking.gaps[better, worse] = pair.gap
-    rows = [
-        RankedTokens(
-            prompt, tuple(r.responses), tuple(r.gaps), source, tuple(r.gaps.values()), r.messages, r.key, r.weight
-        )
-        for (source, prompt), r in grouped.items()
-    ]
+        by_prompt.setdefault((pair.source, pair.key), []).append(pair)
+    rows = []
+    dropped = Counter(longer=0, shortened=0, repeated=0, opposed=0, silent=0)
+    for (source, key), group in by_prompt.items():
+        ids = {text: tuple(render_response(tokenizer, text)) for pair in group for text in (pair.chosen, pair.rejected)}
+        spoken = [p for p in group if tokenizer.eos_token not in (p.chosen.strip(), p.rejected.strip())]
+        kept, messages = _fitting(tokenizer, spoken, ids, max_length)
+        gaps = {(ids[pair.chosen], ids[pair.rejected]): pair.gap for pair in kept}
+        agreed = {sides: gap for sides, gap in gaps.items() if sides[::-1] not in gaps}
+        dropped.update(
+            silent=len(group) - len(spoken), longer=len(spoken) - len(kept), repeated=len(kept) - len(gaps),
+            opposed=len(gaps) - len(agreed), shortened=len(kept) * (len(messages) < len(group[0].prompt)),
+        )  # fmt: skip
+        if agreed:
+            number = {side: i for i, side in enumerate(dict.fromkeys(side for sides in agreed for side in sides))}
+            rows.append(RankedTokens(
+                tuple(render_prompt(tokenizer, messages)), tuple(number),
+                tuple((number[better], number[worse]) for better, worse in agreed), source, tuple(agreed.values()),
+                messages, key, max(pair.weight for pair in group),
+            ))  # fmt: skip
+    report = f"{dropped['longer']} longer than {max_length} tokens left out, {dropped['shortened']} lost old turns"
+    for count, what in (
+        (dropped["repeated"], "repeated pairs dropped"),
+        (dropped["opposed"], "pairs dropped because others say the opposite"),
+        (dropped["silent"], "pairs dropped because a response is only the eos"),
+    ):
+        report += f", {count} {what}" if count else ""
     if not rows:
-        raise DataError(f"none of {len(pairs)} pairs fits into {max_length} tokens; raise max_length")
-    report = f"{left_out} longer than {max_length} tokens left out, {shortened} lost old turns"
-    return rows, report + (f", {repeated} repeated pairs dropped" if repeated else "")
+        raise DataError(f"none of {len(pairs)} pairs is left ({report}); raise max_length or check the data")
+    return rows, report
+
+
+def _fitting(
+    tokenizer: Any, pairs: Sequence[Pair], ids: Mapping[str, Sequence[int]], max_length: int
+) -> tuple[list[Pair], tuple[Message, ...]]:
+    """Those pairs of one prompt that fit, and the newest part of the prompt that fits beside all of their responses."""
+    kept = list(pairs)
+    while kept:
+        longest = max(len(ids[text]) for pair in kept for text in (pair.chosen, pair.rejected))
+        room = max_length - longest
+        messages = fit_prompt(tokenizer, kept[0].prompt, room) if room > 0 else None
+        if messages is not None:
+            return kept, messages
+        kept = [pair for pair in kept if max(len(ids[pair.chosen]), len(ids[pair.rejected])) < longest]
+    return [], ()
 
 
 def fitted_prompts(tokenizer: Any, specs: Sequence[str], max_tokens: int) -> PromptRows:

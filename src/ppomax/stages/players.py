@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ppomax.config import ModelConfig, PPOConfig
-from ppomax.models.load import Compute, load_causal_lm, load_scalar_lm, load_tokenizer, same_vocabulary
+from ppomax.models.load import Compute, load_causal_lm, load_scalar_lm, load_tokenizer, reads_alike, same_vocabulary
 from ppomax.models.players import Policy, Scalar
 from ppomax.models.shard import loading, shard
 from ppomax.models.share import share_frozen, share_trunk
@@ -94,10 +94,11 @@ def load_terms(specs: tuple[str, ...], tokenizer: Any, compute: Compute, config:
 
 
 def load_reward_model(spec: str, tokenizer: Any, compute: Compute, config: ModelConfig) -> RewardModel:
-    """A frozen reward model. It reads ids if its vocabulary is the policy's, else text through its own template."""
+    """A frozen reward model. It reads the policy's ids if they are what its own tokenizer and template would give it,
+    else text through its own template."""
     own = load_tokenizer(spec)
     model = load_scalar_lm(spec, compute)
-    reads_ids = same_vocabulary(own, tokenizer)
+    reads_ids = reads_alike(own, tokenizer)
     length = getattr(model.config, "max_position_embeddings", None) or 4096
     scalar = Scalar(model, train_layers=config.train_layers if reads_ids else None, trained=False)
     scalar = shard(scalar, compute, config)
@@ -111,7 +112,7 @@ def _load_critic(config: PPOConfig, init: str, compute: Compute, tokenizer: Any,
         models = [term.reward for term in terms if isinstance(term.reward, RewardModel)]
         if not models:
             raise SetupError("critic.init: found 'reward', but no reward is a model; expected 'policy' or a directory")
-        if not models[0].reads_ids:
+        if not same_vocabulary(models[0].tokenizer, tokenizer):
             raise SetupError(
                 f"critic.init: the reward model {models[0].name} has another vocabulary than the policy, so a critic "
                 "cannot start from it; use --critic.init policy"

@@ -24,8 +24,7 @@ def expect_possible(config: PPOConfig) -> None:
             f"critic.pretrain_iterations: found {config.critic.pretrain_iterations}, expected less than iterations "
             f"({config.iterations}): the policy would never move"
         )
-    warped = [k for k in ("top_p", "top_k", "repetition_penalty") if getattr(config.sampling, k) is not None]
-    if warped:
+    if warped := config.sampling.warped:
         raise SetupError(
             f"sampling.{warped[0]}: found {getattr(config.sampling, warped[0])}, expected None: the KL to the "
             "reference and the ratio are undefined off the sampled support. Use it in `ppomax evaluate`"
@@ -100,6 +99,9 @@ def _reward_conflicts(config: PPOConfig) -> list[Conflict]:
     return [
         (config.critic.init is None and score.truncated == "bootstrap", "score.truncated",
          "bootstrap without a critic, whose value it takes; expected score"),
+        (score.missing_eos_penalty is not None and score.truncated == "bootstrap", "score.missing_eos_penalty",
+         f"{score.missing_eos_penalty} with score.truncated bootstrap, whose cut responses go on; "
+         "expected None, or score.truncated score"),
         (score.scale and score.normalise, "score.scale",
          "True beside score.normalise; expected one of the two (--score.no-normalise)"),
         (score.scale and score.clip is not None, "score.clip",
@@ -133,6 +135,9 @@ def _objective_conflicts(config: PPOConfig) -> list[Conflict]:
         (config.buffer > 1 and objective.importance_cap is None, "buffer",
          f"{config.buffer} without objective.importance_cap, whose weights make up for the age of what is learnt again;"
          " give one, e.g. 2"),
+        (objective.kind == "policy_gradient" and (config.minibatch < config.rollout_batch or config.epochs > 1),
+         "objective.kind", f"policy_gradient with {config.rollout_batch // config.minibatch * config.epochs} steps an "
+         "iteration, and no ratio to make up for the earlier ones; expected minibatch = rollout_batch and epochs 1"),
         (trpo and config.compute.compiled, "compute.compiled",
          "True with objective trpo, which differentiates twice; expected False"),
         (trpo and config.kl.place == "loss", "kl.place", "loss with objective trpo; expected reward"),

@@ -122,13 +122,16 @@ class Job:
             )
 
     def scale_critic(self, scored: ScoredRollouts) -> ScoredRollouts:
-        """Bring a critic that came from the reward model to the unit of normalised scores: head and values × 1/σ."""
-        critic, optimiser = self.players.critic, self.optimisers.critic
+        """Bring a critic that came from the reward model to the unit of the rewards: head and values × weight/σ.
+
+        weight: the model's in the sum of rewards. σ: what scores or returns are divided by; 1 where nothing is.
+        """
+        critic, optimiser, settings = self.players.critic, self.optimisers.critic, self.config.score
         if critic is None or optimiser is None or self.config.critic.init != "reward":
             return scored
-        if not self.config.score.normalise or self.moments.std == 0:
-            return scored
-        factor = 1.0 / self.moments.std
+        divided = self.seen.scores if settings.normalise else self.seen.returns if settings.scale else None
+        weight = next(term.weight for term in self.players.terms if isinstance(term.reward, RewardModel))
+        factor = weight / divided.std if divided is not None and divided.varies else weight
         for name in critic.trained_parameters():
             if name.startswith("score."):
                 optimiser.scale(name, factor)

@@ -27,7 +27,7 @@ def rank(config: RankConfig, *, fresh: bool = False) -> dict[str, Any]:
         pairs, report = read_pairs(required(config.data, "data", "preference pairs"))
         rows, cut = ranked_tokens(tokenizer, pairs, config.max_length)
         print(f"rank: {report}; {cut}")
-        expect_comparable(config.compare, config.reward, tokenizer)
+        expect_comparable(config.compare, config.reward, tokenizer, compute)
         model = Scalar(load_scalar_lm(config.reward, compute), train_layers=None, trained=False)
         longest = max(len(row.prompt) + max(map(len, row.responses)) for row in rows)
         context_limit(model.model, longest, "longest prompt + response")

@@ -22,7 +22,7 @@ from ppomax.models.load import (
     load_scalar_lm,
     load_tokenizer,
 )
-from ppomax.models.players import Scalar
+from ppomax.models.players import Policy, Scalar
 from ppomax.models.shard import loading, shard
 from ppomax.models.trunk import trunk_states
 from ppomax.monitor.clock import step_row
@@ -52,7 +52,7 @@ def _train(run: Session, config: RewardConfig) -> dict[str, Any]:
             f"max_prompts: found {config.max_prompts}, expected at least min_prompts = {config.min_prompts}"
         )
     tokenizer = load_tokenizer(config.model, config.compute.chat_template)
-    expect_comparable(config.compare, config.model, tokenizer)
+    expect_comparable(config.compare, config.model, tokenizer, compute)
     data = reward_rows(config, tokenizer)
     rows, heldout = data.learn, data.heldout
     if config.margin is not None and any(gap is None for row in rows for gap in row.gaps):
@@ -131,11 +131,14 @@ def _train(run: Session, config: RewardConfig) -> dict[str, Any]:
 
 def reward_player(name: str, compute: Compute, config: RewardConfig, *, trained: bool) -> Scalar:
     """A scalar model on the trunk of a causal LM, with the unembedding kept where the LM term needs it."""
-    model = load_scalar_lm(name, loading(compute, config.compute), fresh_head_seed=config.seed)
     unembedding = None
-    if config.lm_weight is not None and not model.config.tie_word_embeddings:  # type: ignore[union-attr]
-        head = load_causal_lm(name, compute).get_output_embeddings()  # type: ignore[operator]
-        unembedding = copy.deepcopy(head).requires_grad_(False)  # not part of the exported model
+    if config.lm_weight is not None:
+        causal = Policy(load_causal_lm(name, compute), train_layers=None, trained=False)  # refuses heads that do more
+        head = causal.model.get_output_embeddings()  # type: ignore[operator]
+        if head.bias is not None or not causal.model.config.tie_word_embeddings:  # type: ignore[union-attr]
+            unembedding = copy.deepcopy(head).requires_grad_(False)  # not part of the exported model
+        del causal
+    model = load_scalar_lm(name, loading(compute, config.compute), fresh_head_seed=config.seed)
     return Scalar(model, trained=trained, unembedding=unembedding, **training_of(config.compute, config.seed))
 
 

@@ -23,13 +23,12 @@ Scores = Sequence[Sequence[tuple[float, float]]]
 def heldout_summary(rows: Sequence[RankedTokens], scores: Scores, other: tuple[str, Scores] | None) -> dict[str, Any]:
     """What summary.json says of the held-out pairs. `other`: a second reward model's name and scores, for agreement."""
     judged = judged_pairs(rows, scores)
-    summary = summary_of(judged)
-    if other is not None:
-        name, theirs = other[0], judged_pairs(rows, other[1])
-        summary["compared_with"] = {
-            "model": name, "agreement": agreement(judged, theirs), "accuracy": summary_of(theirs)["accuracy"],
-        }  # fmt: skip
-    return summary
+    if other is None:
+        return summary_of(judged)
+    name, theirs = other[0], judged_pairs(rows, other[1])
+    agreed = agreement(judged, theirs)
+    compared = {"model": name, "agreement": agreed, "accuracy": summary_of(theirs)["accuracy"]}
+    return {**summary_of(judged, agreed=agreed), "compared_with": compared}
 
 
 def judged_pairs(rows: Sequence[RankedTokens], scores: Scores) -> list[JudgedPair]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ppomax.data.batches import prompt_batches, token_budget_batches
 from ppomax.engine import world
-from ppomax.models.load import Compute, load_scalar_lm, load_tokenizer, same_vocabulary
+from ppomax.models.load import Compute, load_scalar_lm, load_tokenizer, reads_alike
 from ppomax.models.players import Scalar, at_end, response_mask
 from ppomax.models.trunk import with_states
 from ppomax.stages.inputs import RankedTokens
@@ -94,7 +94,10 @@ def picked(states: Sequence[list[Tensor]] | None, members: Sequence[int]) -> lis
     return None if states is None else [states[i] for i in members]
 
 
-def expect_comparable(other: str | None, name: str, tokenizer: Any) -> None:
-    """Refuse a second reward model, if one is named, whose tokens are not those of the first."""
-    if other is not None and not same_vocabulary(load_tokenizer(other), tokenizer):
-        raise SetupError(f"compare: {other} has another vocabulary than {name}; expected the same")
+def expect_comparable(other: str | None, name: str, tokenizer: Any, compute: Compute) -> None:
+    """Refuse a second reward model, if one is named, that was never trained or reads other ids than the first."""
+    if other is None:
+        return
+    if not reads_alike(load_tokenizer(other), tokenizer):
+        raise SetupError(f"compare: {other} has another vocabulary or chat template than {name}; expected the same")
+    load_scalar_lm(other, compute)

@@ -42,7 +42,7 @@ from ppomax.types import DataError, SetupError
 
 # Settings that may differ between a run and its resumption: they do not change the result.
 NEUTRAL = (
-    "run_dir", "save", "fresh", "reward_timeout",
+    "run_dir", "save", "fresh", "reward_timeout", "compare",
     "compute.device", "compute.shard", "compute.offload", "compute.wait_minutes",
 )  # fmt: skip
 NONFINITE = "nonfinite"

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ppomax.config import PPOConfig
 from ppomax.engine.optimiser import Optimiser
@@ -97,7 +98,8 @@ def _plain_attention(policy: Policy) -> Iterator[None]:
     packs = policy.packs
     policy.packs = False
     try:
-        yield
+        with sdpa_kernel(SDPBackend.MATH):  # long sequences, and other devices than processors
+            yield
     finally:
         policy.packs = packs
 
