@@ -48,6 +48,11 @@ class ProcessLost(RuntimeError):
     """Another process of the run did not arrive where all meet; the message says where, and which ones are missing."""
 
 
+def printable(text: str) -> str:
+    """The text without what would command a terminal instead of being shown by it."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+
+
 def first_line(error: BaseException) -> str:
     """What an error says, in one line; its class where it says nothing."""
     text = str(error).strip()

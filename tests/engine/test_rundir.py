@@ -123,10 +123,69 @@ def test_fresh_starts_over(tmp_path: Path) -> None:
     run.checkpoints.mkdir()
     finish(work(run))
     fresh = open_run(tmp_path, verb="ppo", config={"seed": 9}, fresh=True)
+    fresh.forget_previous()
     assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", "README.txt", "config.yaml", "run.json"]
     assert fresh.verb == "ppo" and yaml.safe_load(fresh.config.read_text()) == {"seed": 9}
     with pytest.raises(SetupError, match="both --resume and --fresh"):
         open_run(tmp_path, verb="ppo", config=CONFIG, fresh=True, resume=True)
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {
+        str(p.relative_to(path)): p.read_bytes() for p in sorted(path.rglob("*")) if p.is_file() and p.name != ".lock"
+    }
+
+
+def test_what_fresh_replaces_comes_back_until_it_is_forgotten(tmp_path: Path) -> None:
+    run = open_run(tmp_path, verb="sft", config=CONFIG)
+    run.checkpoints.mkdir()
+    finish(work(run))
+    before = contents(tmp_path)
+    fresh = open_run(tmp_path, verb="ppo", config={"seed": 9}, fresh=True)
+    assert not fresh.final.exists() and not fresh.finished
+    assert fresh.bring_back_previous() and not fresh.bring_back_previous()
+    fresh.close()
+    assert contents(tmp_path) == before
+    # A process that was killed before the new run had begun: whoever comes next finds the old run, and may say fresh.
+    open_run(tmp_path, verb="ppo", config={"seed": 9}, fresh=True).close()
+    with pytest.raises(SetupError, match=r"found a run of `ppomax sft`"):
+        open_run(tmp_path, verb="ppo", config={"seed": 9}, resume=True)
+    assert contents(tmp_path) == before
+    # Once it has begun, the old one is gone.
+    begun = open_run(tmp_path, verb="ppo", config={"seed": 9}, fresh=True)
+    begun.forget_previous()
+    work(begun)
+    open_run(tmp_path, verb="ppo", config={"seed": 9}, resume=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        ".lock", "README.txt", "config.yaml", "metrics.jsonl", "run.json",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("moves", range(6))
+@pytest.mark.parametrize("back", [False, True])
+def test_fresh_killed_at_any_rename_loses_nothing(
+    moves: int, back: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish(work(open_run(tmp_path, verb="sft", config=CONFIG)))
+    before = contents(tmp_path)
+    if back:
+        run = open_run(tmp_path, verb="ppo", config={}, fresh=True)
+    rename, left = os.rename, [moves]
+
+    def dying(*paths: Path) -> None:
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        rename(*paths)
+
+    monkeypatch.setattr("ppomax.engine.rundir.os.rename", dying)
+    with pytest.raises(KeyboardInterrupt):
+        run.bring_back_previous() if back else open_run(tmp_path, verb="ppo", config={}, fresh=True)
+    monkeypatch.undo()
+    if back:
+        run.close()
+    assert open_run(tmp_path, verb="sft", config=CONFIG).finished
+    assert contents(tmp_path) == before
 
 
 def test_a_deletion_that_was_cut_off_cannot_be_resumed(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from ppomax.rewards.callables import call, load_function, shared_columns
+from ppomax.rewards.callables import call, limited, load_function, shared_columns
 from ppomax.types import DataError, Message, SetupError
 
 PROMPTS = [(Message(role="user", content="one"),), (Message(role="user", content="two"),)]
@@ -42,12 +43,15 @@ def test_a_function_gets_copies_of_everything() -> None:
     def reward(prompts: list[list[Message]], responses: list[str], **columns: Any) -> list[float]:
         seen.update(prompts=prompts, responses=responses, columns=columns)
         responses.append("changed")
+        prompts[0][-1]["content"] += " changed"
+        columns["topic"][0].append("changed")
         return [1.0, -2.5]
 
-    answer = call(reward, PROMPTS, RESPONSES, {"topic": ["x", None]}, name="mine")
+    topics = [["x"], None]
+    answer = call(reward, PROMPTS, RESPONSES, {"topic": topics}, name="mine")
     assert answer == ([1.0, -2.5], None)
-    assert seen["prompts"] == [list(p) for p in PROMPTS] and seen["columns"] == {"topic": ["x", None]}
-    assert RESPONSES == ["a", "bcd"]
+    assert seen["prompts"][1] == list(PROMPTS[1]) and seen["columns"] == {"topic": [["x", "changed"], None]}
+    assert RESPONSES == ["a", "bcd"] and PROMPTS[0][0]["content"] == "one" and topics == [["x"], None]
 
 
 @pytest.mark.parametrize(
@@ -129,3 +133,43 @@ def test_what_is_no_function_says_why(workplace: Path, spec: str, message: str) 
 def test_columns_are_aligned_with_the_rows() -> None:
     assert shared_columns([{"a": 1}, {"b": 2, "a": 3}, {}]) == {"a": [1, 3, None], "b": [None, 2, None]}
     assert shared_columns([{}, {}]) == {}
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (SystemExit("API_KEY is not set"), r"reward mine: it called sys.exit\('API_KEY is not set'\)"),
+        (SystemExit(0), r"reward mine: it called sys.exit\(0\)"),
+        (BrokenPipeError(32, "Broken pipe"), "reward mine: BrokenPipeError.*go on with --resume"),
+    ],
+)
+def test_a_function_cannot_end_the_run_as_if_it_were_done(error: BaseException, message: str) -> None:
+    def reward(*arguments: Any, **columns: Any) -> list[float]:
+        raise error
+
+    with pytest.raises(DataError, match=message):
+        call(reward, PROMPTS, RESPONSES, {}, name="mine")
+
+
+def test_a_module_that_ends_the_process_is_named(workplace: Path) -> None:
+    (workplace / "house_exits.py").write_text("import sys\nsys.exit('no key')\n")
+    with pytest.raises(SetupError, match=r"house_exits:reward: cannot import.*sys.exit\('no key'\)"):
+        load_function("house_exits:reward")
+
+
+@pytest.mark.parametrize("caught", [Exception, BaseException])
+def test_the_time_limit_holds_for_a_function_that_tries_again_after_every_error(caught: type[BaseException]) -> None:
+    tries = []
+
+    def reward(prompts: Any, responses: Any, **columns: Any) -> list[float]:
+        while True:
+            try:
+                tries.append(1)
+                time.sleep(60)
+            except caught:
+                if len(tries) == 2:
+                    raise
+
+    with pytest.raises(DataError, match="no answer after 0.05 seconds"):
+        call(limited(reward, 0.05, name="mine"), PROMPTS, RESPONSES, {}, name="mine")
+    assert len(tries) == (1 if caught is Exception else 2)

@@ -19,7 +19,7 @@ from ppomax.cli import main
 from ppomax.models.embedded import embedded_directory
 from stages import toy
 from stages.conftest import Toys, Trained
-from stages.toy import metrics, prompt_rows, write_rows
+from stages.toy import file_hashes, metrics, prompt_rows, write_rows
 
 FLAGS = ["--compute.dtype", "float32", "--compute.device", "cpu", "--save.every", "100"]
 Said = Callable[..., str]
@@ -372,6 +372,39 @@ def test_a_disk_that_cannot_be_written(sft: Any, small_disk: Path, capsys: pytes
         f"{small_disk / 'run'}: cannot write here (Read-only file system), expected a directory that can be written"
         in said
     )
+
+
+def test_fresh_with_a_mistake_leaves_the_run_that_is_there(
+    refused: Said, sft: Any, ppo: Any, tmp_path: Path, toys: Toys
+) -> None:
+    kept = str(tmp_path / "kept")
+    assert main(sft(**{"run-dir": kept})) == 0
+    before = file_hashes(tmp_path / "kept")
+    assert "no such file" in refused([*sft(**{"run-dir": kept, "data": str(tmp_path / "typo.jsonl")}), "--fresh"])
+    assert file_hashes(tmp_path / "kept") == before
+    # Nor does it delete what it is to read.
+    assert "no such directory" in refused([*ppo(**{"run-dir": kept, "policy": f"{kept}/final"}), "--fresh"])
+    assert file_hashes(tmp_path / "kept") == before
+    link = tmp_path / "link"
+    link.symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere").mkdir()
+    refused(sft(**{"run-dir": str(link), "data": str(tmp_path / "typo.jsonl")}))
+    assert link.is_symlink() and not list(link.iterdir())
+
+
+def test_numbers_and_names_beyond_measure(refused: Said, sft: Any, tmp_path: Path) -> None:
+    for flag, value, said in (
+        ("optim.betas", "1.5 0.9", "less than 1"),
+        ("seed", "99999999999999999999999", "less than"),
+        ("epochs", "inf", "finite"),
+    ):
+        assert said in refused(sft(**{flag: value}))
+    # Brackets are letters, not markup; what commands a terminal is not sent to it.
+    assert main(sft(**{"run-dir": str(tmp_path / "[a]" / "[/b]")})) == 0
+    data = tmp_path / "escape.jsonl"
+    data.write_text('{"prompt": \x1b[2J')
+    said = refused(sft(data=str(data)))
+    assert "malformed JSON" in said and "\x1b" not in said
 
 
 def test_the_toy_model_is_what_these_tests_take_it_for() -> None:

@@ -160,6 +160,25 @@ def test_the_best_checkpoint_stays_beside_the_newest(
     assert metrics(tmp_path / "plain") == rows
 
 
+@pytest.mark.parametrize("verb", ["sft", "reward"])
+def test_the_best_checkpoint_by_a_held_out_loss(verb: str, trained: Trained, toys: Toys, tmp_path: Path) -> None:
+    """Held-out rows are read when they are due, and before every save that is to be compared."""
+    settings: dict[str, Any] = {
+        "save": SaveConfig(every=3, keep=1, keep_best="-heldout_loss"),
+        "eval_every": 5,
+        "epochs": 1,
+    }
+    make = {"sft": (sft_config, toys.dialogues), "reward": (reward_config, trained.sft, toys.pairs)}[verb]
+    config = make[0](tmp_path / "run", *make[1:], **settings)
+    (sft if verb == "sft" else reward)(config)
+    rows = metrics(config.run_dir)
+    judged = {row["step"]: row["heldout_loss"] for row in rows if "heldout_loss" in row}
+    saved = {row["step"] for row in rows if (row["step"] + 1) % 3 == 0}
+    assert saved <= judged.keys() and len(saved) > 2
+    names = {path.name for path in checkpoints(config.run_dir / "checkpoints")}
+    assert f"step-{min(saved | {rows[-1]['step']}, key=lambda step: judged[step])}" in names
+
+
 def test_an_unknown_metric_is_found_at_the_first_row(trained: Trained, toys: Toys, tmp_path: Path) -> None:
     config = ppo_config(tmp_path / "run", trained.sft, toys.prompts, save=SaveConfig(keep_best="-kl_per_sequenc"))
     with pytest.raises(SetupError, match="save.keep_best: found 'kl_per_sequenc'; did you mean 'kl_per_sequence'?"):

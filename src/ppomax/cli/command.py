@@ -44,7 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _run(words)
     except SystemExit as end:  # tyro's --help and its messages
-        return end.code if isinstance(end.code, int) else 0
+        if end.code is None or isinstance(end.code, int):
+            return end.code or 0
+        show_error(str(end.code))
+        return FAILED
     except BrokenPipeError:  # the reader, such as `head`, has enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (Exception, KeyboardInterrupt) as error:
@@ -63,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(words: list[str]) -> None:
-    if not words or words[0] in ("-h", "--help"):
+    if not words or words[0] in ("-h", "--help", "help"):
         show_verbs()
     elif words[0] == "--version":
         print(f"ppomax {__version__}")

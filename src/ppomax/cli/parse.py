@@ -100,7 +100,7 @@ def expect_verb(name: str) -> None:
 def parse(name: str, words: Sequence[str]) -> Invocation:
     """The invocation of verb `name`; words that are not understood, and --help, end in SystemExit."""
     verb = VERBS[name]
-    words = _with_flags(verb, words)
+    words = _with_flags(verb, _with_negative_names(words))
     recipe, base = _below_flags(verb, words)
     defaults: dict[str, Any] = {"config": None, "recipe": recipe, "resume": False, "fresh": False, "json": False}
     form = _form(verb)
@@ -129,6 +129,17 @@ def _with_flags(verb: Verb, words: Sequence[str]) -> list[str]:
             break
         given.insert(2 * at, f"--{setting.replace('_', '-')}")
     return given
+
+
+def _with_negative_names(words: Sequence[str]) -> list[str]:
+    """`--save.keep-best -loss` as one word: what begins with a dash would be taken for a flag."""
+    joined: list[str] = []
+    for word in words:
+        if joined and joined[-1] in ("--save.keep-best", "--save.keep_best") and word[:1] == "-" != word[1:2]:
+            joined[-1] += f"={word}"
+        else:
+            joined.append(word)
+    return joined
 
 
 def _below_flags(verb: Verb, words: Sequence[str]) -> tuple[str | None, Schema]:

@@ -14,14 +14,14 @@ from rich.text import Text
 from ppomax.cli.parse import ABOUT, VERBS
 from ppomax.config import Schema
 from ppomax.config.layers import nearest, plain
-from ppomax.errors import SetupError
+from ppomax.errors import SetupError, printable
 
 GIB = 2**30
 
 
 def show_error(message: str) -> None:
     """'error: …' on stderr."""
-    _stderr().print(Text.assemble(("error: ", "bold red"), message), soft_wrap=True)
+    _stderr().print(Text.assemble(("error: ", "bold red"), printable(message)), soft_wrap=True)
 
 
 def show_stopped(message: str) -> None:

@@ -36,7 +36,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SetupError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(values, dict):
-        raise SetupError(f"{path}: found {type(values).__name__}, expected a mapping of configuration keys")
+        found = "nothing" if values is None else type(values).__name__
+        raise SetupError(f"{path}: found {found}, expected settings, one a line: `key: value`")
     return values
 
 
@@ -47,7 +48,7 @@ def plain(config: BaseModel) -> dict[str, Any]:
 
 def nearest(word: str, known: list[str]) -> str:
     """The end of a sentence about an unknown word: "; did you mean 'X'?" with the closest known one, else "."."""
-    close = difflib.get_close_matches(word, known, n=1, cutoff=0.4)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f"; did you mean '{close[0]}'?" if close else "."
 
 
@@ -59,7 +60,12 @@ def _refuse_unknown(schema: type[BaseModel], values: dict[str, Any], origin: str
                 f"{origin}: unknown key '{prefix}{key}'{nearest(str(key), known)} Known here: {', '.join(known)}"
             )
         child = schema.model_fields[key].annotation
-        if isinstance(value, dict) and isinstance(child, type) and issubclass(child, BaseModel):
+        if not (isinstance(child, type) and issubclass(child, BaseModel)):
+            continue
+        if not isinstance(value, dict | BaseModel):
+            inside = ", ".join(child.model_fields)
+            raise SetupError(f"{origin}: {prefix}{key}: found {value!r}, expected settings of its own: {inside}")
+        if isinstance(value, dict):
             _refuse_unknown(child, value, origin, prefix=f"{prefix}{key}.")
 
 

@@ -215,7 +215,7 @@ class PPOConfig(Schema):
     stop_on_alarm: bool = Field(
         default=False, description="End the run, saved, when a collapse alarm of severity stop is raised."
     )
-    seed: int = Field(default=0, ge=0, description="Keys prompts' order and every sequence's random stream.")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="Keys prompts' order and every sequence's random stream.")
     compute: ModelConfig = ModelConfig()
     save: SaveConfig = SaveConfig(every=10)
 

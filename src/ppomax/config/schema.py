@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_origin
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 
 class Schema(BaseModel):
-    """A frozen configuration that refuses unknown keys."""
+    """A frozen configuration that refuses unknown keys and numbers that are none.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    One string will do where several are taken, and a leading ~ is the home directory, as in a shell.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_written(cls, value: Any, info: ValidationInfo) -> Any:
+        annotation = cls.model_fields[info.field_name or ""].annotation
+        if isinstance(value, str) and get_origin(annotation) is tuple:
+            value = (value,)
+        if isinstance(value, list | tuple):
+            return tuple(_at_home(item) for item in value)
+        return _at_home(value)
+
+
+def _at_home(value: Any) -> Any:
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
 
 
 def _possible_size(size: int | float | dict[str, int]) -> int | float | dict[str, int]:
@@ -23,6 +41,7 @@ def _possible_size(size: int | float | dict[str, int]) -> int | float | dict[str
     return size
 
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
 Size = Annotated[int | float | dict[str, int], AfterValidator(_possible_size)]
 _SIZE = "A share of the prompts, a number of prompts, or a number for each source (helpful 700 harmless 300); 0: none."
 
@@ -94,7 +113,7 @@ class OptimConfig(Schema):
         ge=0,
         description="Decoupled decay of matrices; never on biases, norms, embeddings and scalar heads.",
     )
-    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW's moment decay rates.")
+    betas: tuple[Decay, Decay] = Field(default=(0.9, 0.95), description="AdamW's moment decay rates.")
     eps: float = Field(default=1e-8, gt=0, description="AdamW's denominator offset.")
     max_grad_norm: float | None = Field(default=1.0, gt=0, description="Global gradient-norm clip; None: no clipping.")
 
@@ -137,7 +156,7 @@ class SFTConfig(Schema):
         default=1024, ge=8, description="Longest dialogue in tokens; longer ones are cut and counted."
     )
     eval_every: int = Field(default=20, ge=1, description="Held-out loss every N steps.")
-    seed: int = Field(default=0, ge=0, description="Keys the data order.")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="Keys the data order.")
     compute: ModelConfig = ModelConfig()
     optim: OptimConfig = OptimConfig(lr=9.5e-6)
     save: SaveConfig = SaveConfig(every=100)
@@ -185,7 +204,7 @@ class RewardConfig(Schema):
         description="Another reward model with the same tokenizer: how often the two agree on the held-out pairs.",
     )
     eval_every: int = Field(default=20, ge=1, description="Held-out accuracy every N steps.")
-    seed: int = Field(default=0, ge=0, description="Keys the head's start and the data order.")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="Keys the head's start and the data order.")
     compute: ModelConfig = ModelConfig()
     optim: OptimConfig = OptimConfig(lr=5e-6)
     save: SaveConfig = SaveConfig(every=100)
@@ -272,7 +291,7 @@ class EvaluateConfig(Schema):
         default=512, ge=4, description="Old turns are dropped to fit; a prompt that can't is dropped."
     )
     sampling: SamplingConfig = SamplingConfig(temperature=0.8, top_p=0.9, repetition_penalty=1.1)
-    seed: int = Field(default=0, ge=0, description="Keys every sequence's random stream.")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="Keys every sequence's random stream.")
     compute: ModelConfig = ModelConfig()
 
 
@@ -288,7 +307,7 @@ class ChatConfig(Schema):
         default=None, description="Answer this one message and exit, instead of an interactive chat."
     )
     sampling: SamplingConfig = SamplingConfig(temperature=0.8, max_new_tokens=128)
-    seed: int = Field(default=0, ge=0, description="Keys the random stream.")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="Keys the random stream.")
     compute: ModelConfig = ModelConfig()
 
 
@@ -336,7 +355,7 @@ class QuickstartConfig(Schema):
 
     run_dir: Path = Field(default=Path("runs/quickstart"), description="Where everything of this run is written.")
     model: str = Field(default="smollm2-135m", description="The model to align; tiny runs the pipeline in seconds.")
-    seed: int = Field(default=0, ge=0, description="Keys every random choice of all stages.")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="Keys every random choice of all stages.")
     fresh: bool = Field(default=False, description="Start over instead of reusing what is there.")
 
 

@@ -158,12 +158,12 @@ def checkpoint_number(path: Path) -> int:
     return int(path.name.rsplit("-", 1)[1])
 
 
-def dry_run(folder: Path, bytes_needed: int) -> None:
-    """Save and delete a small checkpoint in `folder`, and compare the free space with twice `bytes_needed`.
+def dry_run(folder: Path, bytes_needed: int, *, copies: int = 2) -> None:
+    """Save and delete a small checkpoint in `folder`, and compare the free space with `copies` of `bytes_needed`.
 
-    Twice, because a new checkpoint is complete before an old one goes. Raises SetupError.
+    One more than are kept, because a new checkpoint is complete before an old one goes. Raises SetupError.
     """
-    folder = Path(folder)
+    folder, room = Path(folder), size_text(copies * bytes_needed)
     probe: Path | None = None
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -173,18 +173,18 @@ def dry_run(folder: Path, bytes_needed: int) -> None:
         reason = error.__cause__.strerror if isinstance(error.__cause__, OSError) else error.strerror
         raise SetupError(
             f"{folder}: cannot save here ({reason or error}), expected a directory that can be written with "
-            f"{size_text(2 * bytes_needed)} free; found {size_text(free_bytes(folder))} free. Free some space or "
+            f"{room} free; found {size_text(free_bytes(folder))} free. Free some space or "
             "choose another output directory"
         ) from error
     finally:
         if probe is not None:
             shutil.rmtree(probe, ignore_errors=True)
     free = free_bytes(folder)
-    if free < 2 * bytes_needed:
+    if free < copies * bytes_needed:
         raise SetupError(
-            f"{folder}: found {size_text(free)} free, expected {size_text(2 * bytes_needed)} (twice a checkpoint of "
-            f"{size_text(bytes_needed)}: a new one is complete before the old one goes). Free some space or choose "
-            "another output directory"
+            f"{folder}: found {size_text(free)} free, expected {room} ({copies} checkpoints of "
+            f"{size_text(bytes_needed)} more: a new one is complete before an old one goes). Free some space, keep "
+            "fewer (save.keep), or choose another output directory"
         )
 
 

@@ -28,6 +28,8 @@ from ppomax.types import DataError, SetupError
 RUN_FORMAT = "ppomax-run-1"
 TRAINING_VERBS = ("sft", "reward", "ppo")
 _COMPLETE = ".complete"
+# Where `fresh` puts the run that was there, until the new one has something to show for it.
+PREVIOUS = ".previous"
 
 _README = """This directory is one run of `ppomax {verb}`.
 
@@ -104,6 +106,27 @@ class Run:
         """True when summary.json is there and, for a verb that trains, `final/` is complete."""
         return self.summary.is_file() and (self.verb not in TRAINING_VERBS or final_complete(self.final))
 
+    def forget_previous(self) -> None:
+        """Delete the run that `fresh` set aside, if there is one: from here on the new one counts."""
+        previous = self.path / PREVIOUS
+        if previous.exists():
+            gone = self.path / f"{TEMPORARY}previous"  # by another name first: half a run must not be brought back
+            with disk_errors(self.path):
+                os.rename(previous, gone)
+                shutil.rmtree(gone)
+
+    def bring_back_previous(self) -> bool:
+        """Undo `fresh`, where the new run came to nothing: the old one takes its place again. Whether there was one."""
+        previous = self.path / PREVIOUS
+        if not previous.is_dir():
+            return False
+        with disk_errors(self.path):
+            if (self.path / "run.json").exists():  # else this was interrupted before, and what is here is the old run's
+                _delete(_entries(self.path), last=("run.json",))
+            _move(_entries(previous), self.path, last=("run.json",))
+            previous.rmdir()
+        return True
+
     def close(self) -> None:
         """Release the lock, so that another run may open the directory."""
         if self.lock is not None:
@@ -122,7 +145,8 @@ def open_run(
     """Create, reuse or refuse the run directory `path`, and lock it for this process.
 
     A new or empty directory becomes a run. A run of the same verb and config is returned if it is finished, has no
-    work in it yet, or `resume` is set. `fresh` empties a directory that is a run of ours. All else is a SetupError.
+    work in it yet, or `resume` is set. All else is a SetupError. `fresh` sets aside what is in a directory of ours;
+    `Run.forget_previous` deletes it for good.
     ignore: config keys (dotted: "logging.every") that do not change the result and may differ.
     """
     path = Path(path)
@@ -130,7 +154,7 @@ def open_run(
         raise SetupError(f"{path}: found both --resume and --fresh, expected at most one; --fresh deletes the old run")
     if path.exists() and not path.is_dir():
         raise SetupError(f"{path}: found a file, expected a directory; choose another output directory")
-    foreign = _contents(path) and stored_verb(path) is None
+    foreign = _contents(path) and stored_verb(path) is None and stored_verb(path / PREVIOUS) is None
     if foreign:
         raise SetupError(
             f"{path}: found a directory with other files ({', '.join(_contents(path)[:3])}), expected a new or empty "
@@ -145,8 +169,11 @@ def open_run(
             "choose another output directory"
         ) from error
     try:
+        if not (path / "run.json").exists() or not _has_work(run):  # a `fresh` that was killed before it had begun
+            run.bring_back_previous()
+        run.forget_previous()
         if fresh:
-            _empty(path)
+            _set_aside(path)
         _check_owner(run, config, resume, ignore)
         settle(path)
         settle(run.checkpoints)
@@ -207,7 +234,7 @@ def _has_work(run: Run) -> bool:
 def _contents(path: Path) -> list[str]:
     """Names in the directory, apart from our own lock and leftovers."""
     names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
-    return [name for name in names if name != ".lock" and not name.startswith((TEMPORARY, REPLACED))]
+    return [name for name in names if name not in (".lock", PREVIOUS) and not name.startswith((TEMPORARY, REPLACED))]
 
 
 def stored_verb(path: Path) -> str | None:
@@ -239,17 +266,28 @@ def _take_lock(path: Path) -> TextIO:
     return lock
 
 
-def _empty(path: Path) -> None:
-    """Empty a run directory. Without config.yaml, which goes first, what a kill leaves cannot be resumed."""
-    entries = [entry for entry in path.iterdir() if entry.name not in (".lock", "run.json", "config.yaml")]
+def _set_aside(path: Path) -> None:
+    """Move a run out of the way. Without run.json, which goes first, what a kill leaves is the old run's."""
     with disk_errors(path):
-        (path / "config.yaml").unlink(missing_ok=True)
-        for entry in entries:
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink()
-        (path / "run.json").unlink(missing_ok=True)
+        (path / PREVIOUS).mkdir()
+        _move(_entries(path), path / PREVIOUS, first=("run.json",))
+
+
+def _entries(path: Path) -> list[Path]:
+    return [entry for entry in path.iterdir() if entry.name not in (".lock", PREVIOUS)]
+
+
+def _move(entries: Iterable[Path], folder: Path, *, first: Collection[str] = (), last: Collection[str] = ()) -> None:
+    for entry in sorted(entries, key=lambda e: (e.name in last, e.name not in first)):
+        os.rename(entry, folder / entry.name)
+
+
+def _delete(entries: Iterable[Path], *, last: Collection[str]) -> None:
+    for entry in sorted(entries, key=lambda e: e.name in last):
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
 
 
 def _plain(config: Mapping[str, Any]) -> dict[str, Any]:

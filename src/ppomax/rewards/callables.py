@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import math
 import signal
@@ -13,6 +14,7 @@ from types import FrameType
 from typing import Any, cast
 
 from ppomax.engine import world
+from ppomax.errors import first_line
 from ppomax.types import DataError, Message, SetupError
 
 # (prompts, responses, **columns) → one number per response, or one list of per-token numbers per response.
@@ -27,8 +29,9 @@ def load_function(spec: str) -> RewardFunction:
         sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)
-    except (ImportError, ValueError) as error:
-        raise SetupError(f"{spec}: cannot import module '{module_name}' ({error}), expected module:function") from None
+    except (ImportError, ValueError, SystemExit) as error:
+        why = first_line(error) if not isinstance(error, SystemExit) else f"it calls sys.exit({error.code!r})"
+        raise SetupError(f"{spec}: cannot import module '{module_name}' ({why}), expected module:function") from None
     function = getattr(module, name, None)
     if not callable(function):
         raise SetupError(f"{spec}: found no callable '{name}' in {module_name}, expected module:function")
@@ -51,7 +54,7 @@ def _called(
     function: RewardFunction, prompts: Sequence[Sequence[Message]], responses: Sequence[str],
     columns: Mapping[str, Sequence[Any]], name: str, lengths: Sequence[int] | None,
 ) -> tuple[list[float], list[list[float]] | None]:  # fmt: skip
-    given = function([list(p) for p in prompts], list(responses), **columns)
+    given = _given(function, prompts, responses, columns, name)
     values = _plain(given)
     if not isinstance(values, list):
         raise DataError(f"reward {name}: found {type(given).__name__}, expected a list with one entry per response")
@@ -64,8 +67,34 @@ def _called(
         if not isinstance(row, list):
             raise DataError(f"reward {name}: response {i}: found {row!r} among lists, expected one number per token")
         if lengths is not None and len(row) != lengths[i]:
-            raise DataError(f"reward {name}: response {i} has {lengths[i]} tokens, found {len(row)} dense rewards")
+            raise DataError(
+                f"reward {name}: response {i} has {lengths[i]} tokens, found {len(row)} dense rewards (a list for each "
+                "response is a number for each of its tokens; for one score each, return numbers)"
+            )
     return [0.0] * len(rows), [_finite(row, name, f"response {i}") for i, row in enumerate(rows)]
+
+
+def _given(
+    function: RewardFunction, prompts: Sequence[Sequence[Message]], responses: Sequence[str],
+    columns: Mapping[str, Sequence[Any]], name: str,
+) -> Any:  # fmt: skip
+    """What the function returns. It gets copies: what it does to them is its own affair.
+
+    Two failures look like ours when they leave `main`, and would end the run as if it were done.
+    """
+    try:
+        return function(
+            [[copy.copy(message) for message in prompt] for prompt in prompts], list(responses),
+            **copy.deepcopy(dict(columns)),
+        )  # fmt: skip
+    except SystemExit as end:
+        raise DataError(f"reward {name}: it called sys.exit({end.code!r}), expected scores or an exception") from end
+    except BrokenPipeError as error:
+        raise DataError(f"reward {name}: {error!r}: what it talks to went away; go on with --resume") from error
+
+
+class _TooLate(BaseException):
+    """Out of time. No Exception, so that a function which tries again after every error does not try on and on."""
 
 
 def limited(function: RewardFunction, seconds: float | None, *, name: str) -> RewardFunction:
@@ -78,18 +107,20 @@ def limited(function: RewardFunction, seconds: float | None, *, name: str) -> Re
         return function
 
     def over(number: int, frame: FrameType | None) -> None:
-        raise DataError(
-            f"reward {name}: no answer after {seconds:g} seconds (reward_timeout); mend what it waits for or raise the "
-            "limit, then go on with --resume"
-        )
+        raise _TooLate
 
     def call_in_time(*arguments: Any, **columns: Any) -> Any:
         if threading.current_thread() is not threading.main_thread():
             return function(*arguments, **columns)
         before = signal.signal(signal.SIGALRM, over)
-        signal.setitimer(signal.ITIMER_REAL, seconds)
+        signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)  # and every second from there
         try:
             return function(*arguments, **columns)
+        except _TooLate:
+            raise DataError(
+                f"reward {name}: no answer after {seconds:g} seconds (reward_timeout); mend what it waits for or raise "
+                "the limit, then go on with --resume"
+            ) from None
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from ppomax.config import ChatConfig, SamplingConfig
 from ppomax.data.chat import fit_prompt, render_prompt
+from ppomax.errors import printable
 from ppomax.models.load import context_length, load_causal_lm, load_tokenizer
 from ppomax.models.players import Policy
 from ppomax.rollout.collect import collect, response_texts
@@ -114,10 +115,10 @@ def _typed(console: Console) -> Iterator[str]:
 def _show(console: Console, speakers: list[Speaker], replies: list[str]) -> None:
     """One answer as it is, two side by side."""
     if len(replies) == 1:
-        console.print(Text(replies[0]), soft_wrap=True)
+        console.print(Text(printable(replies[0])), soft_wrap=True)
         return
     table = Table(expand=True)
     for speaker in speakers:
         table.add_column(Text(speaker.name), ratio=1)
-    table.add_row(*(Text(text) for text in replies))
+    table.add_row(*(Text(printable(text)) for text in replies))
     console.print(table)

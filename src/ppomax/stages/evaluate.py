@@ -58,7 +58,10 @@ def evaluate(config: EvaluateConfig, *, fresh: bool = False) -> dict[str, Any]:
 def _evaluate(run: Run, config: EvaluateConfig) -> dict[str, Any]:
     expect_native(config.sampling)
     compute = compute_of(config.compute)
-    judges = {spec.rpartition(":")[2]: load_function(spec) for spec in config.judge}
+    names = Counter(spec.rpartition(":")[2] for spec in config.judge)
+    judges = {
+        name if names[name := spec.rpartition(":")[2]] == 1 else spec: load_function(spec) for spec in config.judge
+    }
     tokenizer = load_tokenizer(config.policy, config.compute.chat_template)
     if not same_vocabulary(load_tokenizer(config.baseline, config.compute.chat_template), tokenizer):
         raise SetupError(

@@ -111,7 +111,10 @@ def _load_critic(config: PPOConfig, init: str, compute: Compute, tokenizer: Any,
     if init == "reward":
         models = [term.reward for term in terms if isinstance(term.reward, RewardModel)]
         if not models:
-            raise SetupError("critic.init: found 'reward', but no reward is a model; expected 'policy' or a directory")
+            raise SetupError(
+                "critic.init: found 'reward', but no reward is a model; expected 'policy' or a directory, "
+                "e.g. --critic.init policy"
+            )
         if not same_vocabulary(models[0].tokenizer, tokenizer):
             raise SetupError(
                 f"critic.init: the reward model {models[0].name} has another vocabulary than the policy, so a critic "

@@ -16,6 +16,7 @@ from ppomax.stages.ppo_setup import prepare, state_of
 from ppomax.stages.scoring import plan_minibatches, score
 from ppomax.stages.session import Session, session
 from ppomax.stages.update import distance_moved, update
+from ppomax.types import SetupError
 
 
 def ppo(
@@ -26,6 +27,8 @@ def ppo(
     reward: any callable (prompts, responses, **columns) → scores, instead of `config.reward`.
     Returns summary.json's content.
     """
+    if isinstance(reward, str):
+        raise SetupError(f"reward: found the text {reward!r}, expected a callable; names go into PPOConfig(reward=...)")
     if reward is not None:  # config.yaml records what the run was trained for
         config = config.model_copy(update={"reward": (function_name(reward),)})
     with session("ppo", config, unit="iteration", resume=resume, fresh=fresh) as run:

@@ -22,7 +22,7 @@ from ppomax.engine.optimiser import Optimiser
 from ppomax.engine.speed import model_shapes, peak_rate
 from ppomax.models.load import load_tokenizer
 from ppomax.monitor.log import append_samples, read_metrics
-from ppomax.rewards.callables import RewardFunction, limited, load_function
+from ppomax.rewards.callables import RewardFunction, limited, load_function, shared_columns
 from ppomax.rewards.model import RewardModel
 from ppomax.rl.convergence import has_converged
 from ppomax.rl.kl import adaptive_coefficient, penalty_coefficient
@@ -194,6 +194,7 @@ def prepare(run: Session, config: PPOConfig, reward: RewardFunction | None) -> J
     read = fitted_prompts(tokenizer, specs, config.max_prompt_tokens)
     order = weighted_order(read.prompts, config.seed)
     prompts, prompt_ids = [read.prompts[i] for i in order], [read.ids[i] for i in order]
+    shared_columns([prompt.columns for prompt in prompts])  # names that no reward can be given
     ptx, ptx_report = _read_ptx(tokenizer, config)
     players = load_players(config, compute, tokenizer, reward)
     shapes = model_shapes(players.policy.base.config.to_dict())

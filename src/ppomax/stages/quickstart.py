@@ -37,9 +37,10 @@ from ppomax.stages.sft import sft
 DATA = files("ppomax.data") / "quickstart"
 SAMPLING = SamplingConfig(max_new_tokens=40, temperature=0.75, max_rows=256)
 TIE = 0.05
-SAMPLES = 8
-# One answer that repeats itself for every other prompt: PPO finds loops of kind words otherwise.
-LOOP_EVERY = 2
+SAMPLES = 6
+# Answers made worse, so that the reward model sees what PPO would find otherwise: loops of kind words, for every other
+# prompt, and kind words about something else, for every prompt.
+LOOP_EVERY, STRAY_EVERY = 2, 1
 # The first judge counts wins; the last one labels the pairs and is logged.
 JUDGES = ("ppomax.rewards.judge:sentiment", "ppomax.rewards.judge:gold")
 # tiny writes random letters, which have no sentiment that could be learnt.
@@ -62,13 +63,14 @@ def _quickstart(run: Run, config: QuickstartConfig) -> dict[str, Any]:
     began, seconds = time.monotonic(), _Stopwatch(run.path / "stage_seconds.json")
     at = run.path
     seconds("model", lambda: embedded_directory(config.model))
+    run.forget_previous()
     plan = stage_configs(config)
     seconds("sft", lambda: _unless_finished(at / "sft", "sft", lambda: sft(plan["sft"], resume=True)))
     if not (at / "pairs.json").exists():
         seconds("label", lambda: label(
             str(at / "sft" / "final"), [_data("prompts")], load_function(_judges(config)[-1]), at / "pairs.jsonl",
             samples=SAMPLES, tie=TIE, sampling=SAMPLING, compute=plan["sft"].compute, seed=config.seed,
-            loop_every=LOOP_EVERY,
+            loop_every=LOOP_EVERY, stray_every=STRAY_EVERY,
         ))  # fmt: skip
     seconds("reward", lambda: _unless_finished(at / "reward", "reward", lambda: reward(plan["reward"], resume=True)))
     seconds("ppo", lambda: _unless_finished(at / "ppo", "ppo", lambda: ppo(plan["ppo"], resume=True)))

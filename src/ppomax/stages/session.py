@@ -33,17 +33,19 @@ from ppomax.engine.checkpoint import (
 )
 from ppomax.engine.durable import disk_errors, sync_folder, write_json_atomic
 from ppomax.engine.rundir import Run, open_run, save_final
-from ppomax.errors import Interrupted, NonFiniteError, SaveError
+from ppomax.errors import Interrupted, NonFiniteError, SaveError, first_line
 from ppomax.monitor.log import MetricsLog, drop_rows_after, read_metrics, unbroken_rows
 from ppomax.monitor.progress import Advance, progress
 from ppomax.monitor.report import write_report
 from ppomax.stages.inputs import expect_same_weights, weights_hash
 from ppomax.types import DataError, SetupError
 
-# Settings that may differ between a run and its resumption: they do not change the result.
+# Settings that may differ between a run and its resumption: they do not change the result, beyond rounding.
 NEUTRAL = (
     "run_dir", "save", "fresh", "reward_timeout", "compare",
     "compute.device", "compute.shard", "compute.offload", "compute.wait_minutes",
+    # What bounds memory changes rounding alone; after running out of it there must be a way on.
+    "compute.tokens_per_microbatch", "compute.gradient_checkpointing", "sampling.max_rows", "sampling.max_cache_tokens",
 )  # fmt: skip
 NONFINITE = "nonfinite"
 
@@ -76,11 +78,14 @@ class Session:
         if not world.first(lambda: self.run.finished):
             return None
         self.console.print(f"{self.run.path}: already finished; --fresh starts over", markup=False, soft_wrap=True)
-        return json.loads(self.run.summary.read_text(encoding="utf-8"))
+        try:
+            return json.loads(self.run.summary.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise DataError(f"{self.run.summary}: damaged ({first_line(error)}); restore it, or --fresh") from error
 
     def plan(self, title: str, facts: Mapping[str, str]) -> None:
         """Print what is about to happen, before it does."""
-        self.console.print(f"[bold]{title}[/bold]", soft_wrap=True)
+        self.console.print(title, style="bold", markup=False, soft_wrap=True)
         for name, fact in facts.items():
             self.console.print(f"  {name:<12} {fact}", markup=False, soft_wrap=True)
 
@@ -89,8 +94,17 @@ class Session:
         world.first(lambda: write_json_atomic(self.run.data, card))
 
     def rehearse(self, bytes_needed: int) -> None:
-        """Dry-run the save: a disk that cannot hold the checkpoints is found before step 1."""
-        dry_run(self.run.checkpoints, bytes_needed)
+        """Dry-run the save: a disk that cannot hold the checkpoints is found before step 1.
+
+        All that was given has been read by now, so a run that `fresh` is to replace goes first.
+        """
+        world.first(self.run.forget_previous)
+        dry_run(self.run.checkpoints, bytes_needed, copies=self._room())
+
+    def _room(self) -> int:
+        """Checkpoints that the disk must still hold: a new one is complete before an old one goes."""
+        most = self.save.keep + 1 + (self.save.keep_best is not None)
+        return max(most - len(checkpoints(self.run.checkpoints)), 1)
 
     def restore(
         self, frozen: Sequence[str], empty: Callable[[], Mapping[str, Tensor]]
@@ -180,6 +194,10 @@ class Session:
                 code=_EXIT[signal.Signals(stop)],
             )
 
+    def judges(self, number: int) -> bool:
+        """Whether what comes after `number` is saved and compared, so that what it is compared by must be measured."""
+        return self.save.keep_best is not None and (number + 1) % self.save.every == 0
+
     def _sync_rows(self) -> None:
         if self.log is not None:
             with disk_errors(self.run.metrics):
@@ -249,7 +267,7 @@ def opened_run(
     path: Path, *, verb: str, config: Schema, resume: bool, fresh: bool, ignore: Collection[str]
 ) -> Iterator[Run]:
     """`open_run` for the time of a block. A run that fails before its first result leaves nothing in a directory that
-    was empty, so that the mended command needs no --fresh."""
+    was empty, so that the mended command needs no --fresh; one that was to replace another leaves that as it was."""
     was_there = path.is_dir()
     was_empty = not was_there or not any(path.iterdir())
     opened: list[Run] = []
@@ -262,11 +280,12 @@ def opened_run(
     run = opened[0] if opened else Run(path, verb)
     try:
         yield run
+        world.first(run.forget_previous)
     except BaseException:
-        if world.is_first() and was_empty and not _begun(run):
-            shutil.rmtree(path, ignore_errors=True)
+        if world.is_first() and not _begun(run) and not run.bring_back_previous() and was_empty:
+            shutil.rmtree(path.resolve(), ignore_errors=True)
             if was_there:
-                path.mkdir(exist_ok=True)
+                path.resolve().mkdir(exist_ok=True)
         raise
     finally:
         run.close()
