@@ -117,7 +117,7 @@ def test_two_reward_models_are_compared_on_the_same_pairs(trained: Trained, toys
 
 def test_a_reward_model_of_another_vocabulary_is_not_compared(trained: Trained, toys: Toys, tmp_path: Path) -> None:
     other = other_vocabulary(tmp_path / "other")
-    with pytest.raises(SetupError, match="compare: .* has another vocabulary than"):
+    with pytest.raises(SetupError, match="compare: .* has another vocabulary or chat template than"):
         reward(reward_config(tmp_path / "run", trained.sft, toys.pairs, compare=other))
 
 
@@ -144,7 +144,7 @@ def test_a_ranking_stays_together_when_old_turns_are_dropped(trained: Trained) -
     turns = [{"role": r, "content": c * 12} for r, c in (("user", "old"), ("assistant", "so"))]
     prompt = [*turns, {"role": "user", "content": "Now?"}]
     pairs = [
-        Pair(tuple(prompt), "a", text, "k", weight=w) for text, w in (("b", 1.0), ("c " * 20, 3.0), ("d" * 99, 1.0))
+        Pair(tuple(prompt), "a", text, "k", weight=w) for text, w in (("b", 1.0), ("c " * 20, 3.0), ("d" * 200, 1.0))
     ]
     tokenizer = load_tokenizer(trained.sft)
     whole = len(render_prompt(tokenizer, prompt))
