@@ -89,20 +89,24 @@ def test_hub_rows_come_from_the_named_split(monkeypatch: pytest.MonkeyPatch) -> 
     datasets = pytest.importorskip("datasets")
     asked = []
 
-    def load_dataset(name: str, split: str) -> object:
-        asked.append((name, split))
+    def load_dataset(name: str, config: str | None, data_dir: str | None, split: str) -> object:
+        asked.append((name, config, data_dir, split))
         return datasets.Dataset.from_list(ROWS[:1])
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert [(row.fields, row.place) for row in iter_rows("owner/name:test")] == [(ROWS[0], "owner/name:test:1")]
     assert rows_of("owner/name") == ROWS[:1]
-    assert asked == [("owner/name", "test"), ("owner/name", "train")]
+    assert rows_of("owner/name:test#folder=harmless-base&weight=2") == rows_of("owner/name#config=en") == ROWS[:1]
+    assert asked == [
+        ("owner/name", None, None, "test"), ("owner/name", None, None, "train"),
+        ("owner/name", None, "harmless-base", "test"), ("owner/name", "en", None, "train"),
+    ]  # fmt: skip
 
 
 def test_a_hub_failure_names_the_spec_and_says_that_there_is_no_file(monkeypatch: pytest.MonkeyPatch) -> None:
     datasets = pytest.importorskip("datasets")
 
-    def load_dataset(name: str, split: str) -> object:
+    def load_dataset(name: str, *choice: str | None, **options: str | None) -> object:
         raise ConnectionError("offline")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)

@@ -275,3 +275,21 @@ def test_numbers_and_lists_beyond_measure_are_named_with_their_line(tmp_path: Pa
     path.write_text(text + "\n")
     with pytest.raises(DataError, match=message):
         read_pairs(str(path))
+
+
+def test_chat_as_openai_writes_it(write: Callable[..., Path]) -> None:
+    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
+    call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
+    path = write(
+        {"messages": [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": parts},
+                      {"role": "assistant", "content": "Hi.", "weight": 1}]},
+        {"messages": [*messages(("user", "q")), call, {"role": "tool", "content": "42"}, *messages(("assistant", "42"))]},
+        {"messages": [*messages(("user", "q")), {"role": "assistant", "content": "no", "weight": 0}]},
+    )  # fmt: skip
+    [dialogue], report = read_dialogues(str(path))
+    assert [(m["role"], m["content"]) for m in dialogue.messages] == [
+        ("system", "Be brief."), ("user", "Hello"), ("assistant", "Hi."),
+    ]  # fmt: skip
+    assert report.dropped == {"a turn of a tool, or one that calls one": 1, "a turn with weight 0": 1}
+    with pytest.raises(DataError, match=r"content\[0\]: found a part of type 'image_url', expected text only"):
+        read_dialogues(str(write({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]})))

@@ -2,7 +2,8 @@
 
 A spec is a local file (`.jsonl`, `.jsonl.gz`, `.json` holding a list, `.parquet`) or a hub dataset
 `owner/name[:split]`, optionally followed by tags: `#source=NAME` labels every row that comes from it, `#weight=W` says
-how often an epoch reads each (`#source=NAME&weight=W` does both).
+how often an epoch reads each (`#source=NAME&weight=W` does both); `#folder=NAME` and `#config=NAME` choose within a hub
+dataset.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.+-]+(\[[\d:%-]*\])?)?")
 # A dot before a digit is a version, as in `owner/name-2.5`, not the extension of a file.
 _EXTENSION = re.compile(r"\.[A-Za-z]\w{0,7}$")
 _TAGS = re.compile(r"#(\w+=[^#]*)$")
+_TAG_NAMES = ("source", "weight", "folder", "config")
 _FORMATS = ".jsonl, .jsonl.gz, .json (holding a list) or .parquet"
 
 
@@ -39,7 +41,8 @@ class Row:
 
 def check_spec(spec: str) -> None:
     """Raise DataError unless `spec` names an existing local file of a known format or looks like a hub dataset."""
-    name, _, _ = _split_spec(spec)
+    name, tags = _split_spec(spec)
+    _weight(tags, spec)
     path = Path(name)
     if not name:
         raise DataError(f"{spec!r}: no file named, expected a local file ({_FORMATS}) or owner/name[:split]")
@@ -48,6 +51,8 @@ def check_spec(spec: str) -> None:
     if path.exists():
         if _format(path) is None:
             raise DataError(f"{name}: unknown file format, expected {_FORMATS}")
+        if only_hub := [tag for tag in ("folder", "config") if tag in tags]:
+            raise DataError(f"{spec}: found #{only_hub[0]} with a local file, expected it with a hub dataset only")
         return
     if _looks_local(name):
         raise DataError(
@@ -58,10 +63,11 @@ def check_spec(spec: str) -> None:
 def iter_rows(spec: str) -> Iterator[Row]:
     """Stream the rows of one spec, each with its `file:line` (items of lists and tables count from 1)."""
     check_spec(spec)
-    name, source, weight = _split_spec(spec)
+    name, tags = _split_spec(spec)
+    source, weight = tags.get("source"), _weight(tags, spec)
     path = Path(name)
     if not path.exists():
-        rows = _hub_rows(name)
+        rows = _hub_rows(name, folder=tags.get("folder"), config=tags.get("config"))
     else:
         rows = {"jsonl": _jsonl_rows, "json": _json_rows, "parquet": _parquet_rows}[_format(path) or ""](path)
     for number, value in rows:
@@ -71,21 +77,25 @@ def iter_rows(spec: str) -> Iterator[Row]:
         yield Row(value, place, source, weight)
 
 
-def _split_spec(spec: str) -> tuple[str, str | None, float]:
-    """Name, source and weight of a spec."""
+def _split_spec(spec: str) -> tuple[str, dict[str, str]]:
+    """Name and tags of a spec."""
     found = _TAGS.search(spec)
     if found is None or Path(spec).exists():
-        return spec, None, 1.0
+        return spec, {}
     tags: dict[str, str] = {}
     for tag in found[1].split("&"):
         key, _, value = tag.partition("=")
-        if key not in ("source", "weight") or not value:
-            raise DataError(f"{spec}: found the tag {tag!r}, expected PATH#source=NAME, PATH#weight=W, or both with &")
+        if key not in _TAG_NAMES or not value:
+            raise DataError(
+                f"{spec}: found the tag {tag!r}, expected PATH#source=NAME, PATH#weight=W, or both with &; of a hub "
+                "dataset also #folder=NAME or #config=NAME"
+            )
         tags[key] = value
-    return spec[: found.start()], tags.get("source"), _weight(tags.get("weight", "1"), spec)
+    return spec[: found.start()], tags
 
 
-def _weight(text: str, spec: str) -> float:
+def _weight(tags: Mapping[str, str], spec: str) -> float:
+    text = tags.get("weight", "1")
     try:
         weight = float(text)
     except ValueError:
@@ -142,11 +152,11 @@ def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:
         raise DataError(f"{path}: not a readable Parquet file ({error})") from error
 
 
-def _hub_rows(name: str) -> Iterator[tuple[int, Any]]:
+def _hub_rows(name: str, *, folder: str | None, config: str | None) -> Iterator[tuple[int, Any]]:
     datasets = _optional("datasets", f"{name}: no such file, and reading it as a hub dataset")
     owner_and_name, _, split = name.partition(":")
     try:
-        rows = datasets.load_dataset(owner_and_name, split=split or "train")
+        rows = datasets.load_dataset(owner_and_name, config, data_dir=folder, split=split or "train")
     except Exception as error:
         # The hub client raises many unrelated types; all of them mean that the name could not be read.
         raise DataError(

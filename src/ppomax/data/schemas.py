@@ -288,13 +288,31 @@ def _message_list(value: Any, where: str) -> Messages:
         raise DataError(f"{where}: found {type(value).__name__}, expected a list of {{role, content}} messages")
     messages = []
     for i, item in enumerate(value):
+        if isinstance(item, Mapping) and (item.get("role") in ("tool", "function") or item.get("tool_calls")):
+            raise Unusable("a turn of a tool, or one that calls one")
         if not isinstance(item, Mapping) or "role" not in item or "content" not in item:
             found = ", ".join(map(str, item)) if isinstance(item, Mapping) else type(item).__name__
             raise DataError(f"{where}[{i}]: found {found or 'no keys'}, expected an object with `role` and `content`")
-        if item["role"] not in ROLES:
+        if item.get("role") == "assistant" and item.get("weight") == 0:
+            raise Unusable("a turn with weight 0")
+        role = "system" if item["role"] == "developer" else item["role"]
+        if role not in ROLES:
             raise DataError(f"{where}[{i}].role: found {item['role']!r}, expected one of {', '.join(ROLES)}")
-        messages.append(Message(role=item["role"], content=_text(item["content"], f"{where}[{i}].content")))
+        messages.append(Message(role=role, content=_content(item["content"], f"{where}[{i}].content")))
     return tuple(m for m in messages if m["role"] != "system" or m["content"].strip())
+
+
+def _content(value: Any, where: str) -> str:
+    """A text, or a list of text parts as OpenAI writes it."""
+    if not isinstance(value, list):
+        return _text(value, where)
+    texts = []
+    for i, part in enumerate(value):
+        if not isinstance(part, Mapping) or part.get("type") != "text":
+            found = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+            raise DataError(f"{where}[{i}]: found a part of type {found!r}, expected text only")
+        texts.append(_text(part.get("text"), f"{where}[{i}].text"))
+    return "".join(texts)
 
 
 def _finite(value: Any, where: str) -> float:
