@@ -341,7 +341,7 @@ def test_a_disk_too_small_for_the_checkpoints_is_found_before_step_1(
     assert main(sft(**{"run-dir": str(small_disk / "run")})) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert "free, expected" in said and "3 checkpoints of" in said
-    assert "Free some space or choose another output directory" in said
+    assert "Free some space, keep fewer (save.keep), or choose another output directory" in said
     assert not (small_disk / "run").exists()
 
 
