@@ -292,10 +292,10 @@ def test_misuse_is_one_message_on_stderr(
         ("recipe: vanila", "unknown recipe 'vanila'; did you mean 'vanilla'?"),
         ("recipe: [vanilla]", "unknown recipe"),
         ("iterations: none of them", "c.yaml: not a valid PPOConfig:\n  iterations: "),
-        ("kl: 0.05", "c.yaml: not a valid PPOConfig:\n  kl: "),
-        ("- iterations", "c.yaml: found list, expected a mapping"),
+        ("kl: 0.05", "c.yaml: kl: found 0.05, expected settings of its own: "),
+        ("- iterations", "c.yaml: found list, expected settings, one a line"),
         ("a: b: c", "c.yaml: not valid YAML"),
-        ("", "c.yaml: found NoneType, expected a mapping"),
+        ("", "c.yaml: found nothing, expected settings, one a line"),
     ],
 )
 def test_a_wrong_file_is_named_with_the_key(

@@ -34,6 +34,8 @@ def history(key: str, value: Any, rows: int = 8) -> list[dict[str, Any]]:
     ("name", "key", "over", "under"),
     [
         ("kl_per_sequence", "kl_per_sequence", 15.1, 14.9),
+        ("kl_negative", "kl_per_sequence", -0.51, -0.49),
+        ("behaviour_gap", "behaviour_gap", 0.11, 0.09),
         ("length_growth", "response_length", 36.1, 35.9),  # 1.8 * 20
         ("length_shrink", "response_length", 9.9, 10.1),  # 20 / 2
         ("perplexity", "perplexity", 2.39, 2.41),  # 0.6 * 4

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,35 @@ def test_evaluating_again_gives_the_same_files_and_other_settings_are_refused(
     assert (config.run_dir / "samples.md").read_text().startswith("| prompt | before | after |")
     with pytest.raises(SetupError, match="with other settings: seed: found 0, expected 1"):
         evaluate(config.model_copy(update={"seed": 1}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"reward": None}, "best_of: found it without a reward model"),
+        ({"judge": ()}, "best_of: found it without a reward model or without a judge"),
+        ({"reward": None, "judge": (), "best_of": ()}, "judge: found neither a judge nor a reward model"),
+    ],
+)
+def test_a_comparison_that_nothing_decides_is_refused(
+    changes: dict[str, Any], message: str, trained: Trained, toys: Toys, tmp_path: Path
+) -> None:
+    with pytest.raises(SetupError, match=message):
+        evaluate(config_of(tmp_path / "run", trained.sft, trained, toys, **changes))
+
+
+def test_two_judges_of_one_name_both_count(trained: Trained, toys: Toys, tmp_path: Path) -> None:
+    (tmp_path / "other_judges.py").write_text(
+        "def share_of_e(prompts, responses, **columns): return [0.0] * len(responses)"
+    )
+    sys.path.insert(0, str(tmp_path))
+    try:
+        judges = ("stages.toy:share_of_e", "other_judges:share_of_e")
+        found = evaluate(config_of(tmp_path / "run", trained.sft, trained, toys, judge=judges, max_prompts=3))
+    finally:
+        sys.path.remove(str(tmp_path))
+    assert tuple(found["judges"]) == judges and found["gold"] == found["judges"][judges[0]]
+    assert found["judges"][judges[1]]["tie"] == 1.0
 
 
 def test_the_limit_of_prompts_is_per_source(trained: Trained, toys: Toys, tmp_path: Path) -> None:

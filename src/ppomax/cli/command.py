@@ -115,7 +115,10 @@ def _call(name: str, call: Invocation) -> None:
 def _explain(error: BaseException, name: str) -> tuple[int, str] | None:
     """The exit code and what went wrong; None for an error that nobody expected."""
     if isinstance(error, KeyboardInterrupt):
-        kept = "; nothing after the last checkpoint is kept" if name in TRAINING else ""
+        kept = ""
+        if name in TRAINING:
+            kept = "; nothing after the last checkpoint is kept. To go on: the same command"
+            kept += "" if name == "quickstart" else " with --resume"
         return INTERRUPTED, f"stopped at once{kept}"
     if isinstance(error, Interrupted):
         return error.code, str(error)

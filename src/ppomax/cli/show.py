@@ -211,8 +211,9 @@ def _named(name: str) -> list[tuple[str, Schema]]:
     """(verb, configuration) of every recipe of that name, or of the one that `verb/recipe` names."""
     found = [(verb, function()) for verb, recipe, function in _recipes() if name in (recipe, f"{verb}/{recipe}")]
     if not found:
-        known = [recipe for _, recipe, _ in _recipes()]
-        raise SetupError(f"unknown recipe '{name}'{nearest(name, known)} Known: {', '.join(known)}")
+        close = nearest(name, [recipe for _, recipe, _ in _recipes()])
+        known = ", ".join(f"{verb}/{recipe}" for verb, recipe, _ in _recipes())
+        raise SetupError(f"unknown recipe '{name}'{close} Known: {known}")
     return found
 
 

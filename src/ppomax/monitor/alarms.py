@@ -25,6 +25,8 @@ class Limits:
     baseline_rows: int = 3
     kl_per_sequence: float = 15.0  # nats per response
     kl_stop: float = 60.0
+    kl_negative: float = -0.5  # an estimate may be a little below 0, by chance
+    behaviour_gap: float = 0.1  # nats per token; bfloat16 rounds by about a tenth of it
     length_growth: float = 1.8  # times the baseline
     length_shrink: float = 0.5
     perplexity_fall: float = 0.6
@@ -103,6 +105,8 @@ def _drift_rules(recent: _Measure, baseline: _Measure, limits: Limits) -> list[_
     return [
         _Rule("kl_per_sequence", kl, limits.kl_stop, "{:.1f} nats per response", severity="stop"),
         _Rule("kl_per_sequence", kl, limits.kl_per_sequence, "{:.1f} nats per response"),
+        _Rule("kl_negative", kl, limits.kl_negative, "{:.2f} nats per response", below=True),
+        _Rule("behaviour_gap", recent("behaviour_gap"), limits.behaviour_gap, "{:.3f} nats per token"),
         _Rule("length_growth", length, limits.length_growth * length_0, "{:.0f} tokens"),
         _Rule("length_shrink", length, limits.length_shrink * length_0, "{:.0f} tokens", below=True),
         _Rule(
@@ -163,6 +167,8 @@ _WATCHED_KEYS = (
 _TITLES = {
     "nonfinite": "Not a number",
     "kl_per_sequence": "Far from the reference (KL)",
+    "kl_negative": "A KL below 0, which none is",
+    "behaviour_gap": "Sampler and trainer disagree",
     "length_growth": "Responses grow",
     "length_shrink": "Responses shrink",
     "perplexity": "Perplexity of the responses has fallen",
@@ -183,6 +189,10 @@ _ADVICE = {
     "nonfinite": "Training cannot recover from this. Go back to the last checkpoint and lower the learning rate.",
     "kl_per_sequence": "The policy is no longer the model that the reward model was trained on, so its scores mean "
     "less. Try a larger KL coefficient, a lower learning rate or fewer iterations.",
+    "kl_negative": "The tokens do not come from the distribution that their log-probs are of, so KL, penalty and ratio "
+    "mean nothing. Look at behaviour_gap, at the sampler's settings, and for a reference that is not frozen.",
+    "behaviour_gap": "The sampler's log-probs are not those that the trainer reads for the same tokens, by more than "
+    "rounding: other weights, another precision or another distribution. Try float32; with vLLM, see docs/vllm.md.",
     "length_growth": "Reward models often like long answers for their length. Read samples; try a larger KL "
     "coefficient or a reward model trained on pairs of equal length.",
     "length_shrink": "The policy has found that short answers score well. Read samples; check how the reward model "

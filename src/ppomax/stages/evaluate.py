@@ -57,6 +57,12 @@ def evaluate(config: EvaluateConfig, *, fresh: bool = False) -> dict[str, Any]:
 
 def _evaluate(run: Run, config: EvaluateConfig) -> dict[str, Any]:
     expect_native(config.sampling)
+    if config.best_of and (config.reward is None or not config.judge):
+        raise SetupError(
+            "best_of: found it without a reward model or without a judge, expected both: one picks, one judges"
+        )
+    if config.reward is None and not config.judge:
+        raise SetupError("judge: found neither a judge nor a reward model, expected at least one to compare by")
     compute = compute_of(config.compute)
     names = Counter(spec.rpartition(":")[2] for spec in config.judge)
     judges = {
