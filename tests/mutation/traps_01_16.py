@@ -97,8 +97,8 @@ MUTATIONS = [
     ),
     Mutation(
         6, "a prompt longer than the limit is kept", "data/chat.py",
-        "if len(render_prompt(tokenizer, kept)) <= max_tokens:",
-        "if start == starts[-1] or len(render_prompt(tokenizer, kept)) <= max_tokens:",
+        "return parts[first] if first < len(parts) else None",
+        "return parts[min(first, len(parts) - 1)]",
         (f"{CHAT}::test_trap_06_fit_prompt_drops_the_oldest_exchanges",),
     ),
     Mutation(

@@ -133,7 +133,7 @@ MUTATIONS = [
     ),
     Mutation(
         23, "weight decay on everything", "engine/optimiser.py",
-        'return tensor.ndim >= 2 and min(tensor.shape) > 1 and not any(part in name for part in ("embed", "wte", "wpe"))',
+        "return tensor.ndim >= 2 and min(tensor.shape) > 1 and not embedding",
         "return True",
         (f"{OPTIMISER}::test_trap_23_decay_spares_biases_norms_embeddings_and_scalar_heads",),
     ),

@@ -174,7 +174,7 @@ def test_the_best_checkpoint_by_a_held_out_loss(verb: str, trained: Trained, toy
     rows = metrics(config.run_dir)
     judged = {row["step"]: row["heldout_loss"] for row in rows if "heldout_loss" in row}
     saved = {row["step"] for row in rows if (row["step"] + 1) % 3 == 0}
-    assert saved <= judged.keys() and len(saved) > 2
+    assert saved <= judged.keys() and len(saved) >= 2
     names = {path.name for path in checkpoints(config.run_dir / "checkpoints")}
     assert f"step-{min(saved | {rows[-1]['step']}, key=lambda step: judged[step])}" in names
 

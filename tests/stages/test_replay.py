@@ -113,13 +113,15 @@ def test_supervised_runs_stop_and_replay_too(verb: str, trained: Trained, toys: 
 def test_a_reward_model_with_a_weight_that_is_none_is_found_out(trained: Trained, toys: Toys, tmp_path: Path) -> None:
     base = spoilt_copy(trained.sft, tmp_path / "base")
     with pytest.raises(NonFiniteError, match="step 4: the gradient was not finite in 5 steps in a row"):
-        reward(reward_config(tmp_path / "run", base, toys.pairs))
+        reward(reward_config(tmp_path / "run", base, toys.pairs, lm_weight=None))
     (found,) = replay(ReplayConfig(run_dir=tmp_path / "run")).values()
     assert found["first: in the weights"] == f"model/{SPOILT}"
     assert found["first: in the forward pass"] == "model/model.layers.1.mlp.up_proj (Linear)"
     assert math.isnan(found["loss"]) and math.isnan(found["grad_norm/model"])
     with pytest.raises(SetupError, match="base: found logits that are no numbers, expected finite ones"):
         sft(sft_config(tmp_path / "sft", toys.dialogues, model=base))
+    with pytest.raises(SetupError, match="base: found logits that are no numbers, expected finite ones"):
+        reward(reward_config(tmp_path / "with-lm", base, toys.pairs))
 
 
 SPOILT = "model.layers.1.mlp.up_proj.weight"

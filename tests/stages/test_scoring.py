@@ -123,7 +123,9 @@ def shaped_by_hand(it: FirstIteration, config: PPOConfig) -> tuple[list[list[flo
     for b, n in enumerate(rollout.length_B.tolist()):
         value = min(max((scores[b] - mean) / std, -0.8), 0.8)  # the test's clip
         value = 0.0 if bootstrapped[b] else value
-        value -= 2.0 if cut[b] else 0.0  # the test's penalty, which leaves the range of the clip before it
+        value -= (
+            (config.score.missing_eos_penalty or 0.0) if cut[b] else 0.0
+        )  # the test's penalty, which leaves the range of the clip before it
         kl = (scored.old_logprobs_BR[b] - scored.reference_logprobs_BR[b]).tolist()
         row = [-0.05 * kl[r] for r in range(n)]
         row[-1] += value
@@ -142,7 +144,8 @@ def shaped_by_hand(it: FirstIteration, config: PPOConfig) -> tuple[list[list[flo
 def test_trap_11_15_16_the_order_of_shaping(truncated: Any, trained: Trained, toys: Toys, tmp_path: Path) -> None:
     config = ppo_config(
         tmp_path / "run", trained.sft, toys.prompts, reward=("stages.toy:length_reward",), rollout_batch=32, gamma=0.99,
-        score=ScoreConfig(clip=0.8, missing_eos_penalty=2.0, truncated=truncated), kl=KLConfig(coefficient=0.05),
+        score=ScoreConfig(clip=0.8, missing_eos_penalty=2.0 if truncated == "score" else None, truncated=truncated),
+        kl=KLConfig(coefficient=0.05),
     )  # fmt: skip
     job = prepared(config)
     with torch.no_grad():  # a policy that has left its reference, so that there is a KL to subtract
@@ -221,6 +224,7 @@ def test_a_reward_model_of_another_vocabulary_reads_text(
         ids = render_prompt(job.players.tokenizer, prompt.messages) + render_response(
             job.players.tokenizer, it.texts[b]
         )
+        ids = ids[:-1] if it.scored.rollout.truncated_B[b] else ids  # what was cut has no end of turn
         with torch.no_grad():
             score = model.model(torch.tensor([ids])).last_hidden_state[0, -1] @ model.score.weight[0]
         assert float(it.scored.score_B[b]) == pytest.approx(float(score), abs=1e-4)

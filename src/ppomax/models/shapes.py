@@ -157,9 +157,10 @@ def shape_of(config: Any, name: str) -> Shape:
             f"{name}: found {type(model).__name__}, expected one stack of equal, dense decoder layers; "
             "this architecture cannot be planned"
         )
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     layer = sizes.pop()
-    untied = 0 if head is embedding else head.numel()
+    unembedding = 0 if head.weight is embedding else head.weight.numel()
+    unembedding += 0 if head.bias is None else head.bias.numel()
     matrices = [p for p in stacks[0][0].parameters() if p.ndim == 2]
     hidden, heads = int(config.hidden_size), int(config.num_attention_heads)
     intermediate = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
@@ -175,5 +176,5 @@ def shape_of(config: Any, name: str) -> Shape:
         matrices=sum(p.numel() for p in matrices),
         rank_one=sum(sum(p.shape) for p in matrices),
         rest=sum(p.numel() for p in base.parameters()) - embedding.numel() - len(stacks[0]) * layer,
-        unembedding=untied,
+        unembedding=unembedding,
     )  # fmt: skip

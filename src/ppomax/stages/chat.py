@@ -112,13 +112,18 @@ def _typed(console: Console) -> Iterator[str]:
             return
 
 
+def _shown(console: Console, text: str) -> str:
+    """What a terminal may get; a file or a program gets the text as it is."""
+    return printable(text) if console.is_terminal else text
+
+
 def _show(console: Console, speakers: list[Speaker], replies: list[str]) -> None:
     """One answer as it is, two side by side."""
     if len(replies) == 1:
-        console.print(Text(printable(replies[0])), soft_wrap=True)
+        console.print(Text(_shown(console, replies[0])), soft_wrap=True)
         return
     table = Table(expand=True)
     for speaker in speakers:
         table.add_column(Text(speaker.name), ratio=1)
-    table.add_row(*(Text(printable(text)) for text in replies))
+    table.add_row(*(Text(_shown(console, text)) for text in replies))
     console.print(table)
