@@ -147,7 +147,9 @@ def _newest_parts(messages: Sequence[Message]) -> list[tuple[Message, ...]]:
 
 def _first_that_fits(parts: Sequence[tuple[Message, ...]], fits: Callable[[tuple[Message, ...]], bool]) -> int:
     """The index of the longest part that fits (fewer turns are fewer tokens); most dialogues fit whole."""
-    return 0 if parts and fits(parts[0]) else bisect_left(parts, True, lo=1, key=fits) if parts else 0
+    if not parts or fits(parts[0]):
+        return 0
+    return bisect_left(parts, True, lo=1, key=fits)
 
 
 def _turn_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[list[int], int]:

@@ -321,7 +321,7 @@ def _finite(value: Any, where: str) -> float:
     except OverflowError:
         number = math.inf
     if not math.isfinite(number):
-        raise DataError(f"{where}: found {str(value)[:40]}, expected a finite number")
+        raise DataError(f"{where}: found {repr(value)[:40]}, expected a finite number")
     return number
 
 
