@@ -161,22 +161,20 @@ def test_the_best_checkpoint_stays_beside_the_newest(
 
 
 @pytest.mark.parametrize("verb", ["sft", "reward"])
-def test_the_best_checkpoint_by_a_held_out_loss(verb: str, trained: Trained, toys: Toys, tmp_path: Path) -> None:
-    """Held-out rows are read when they are due, and before every save that is to be compared."""
+def test_trap_30_the_best_is_saved_when_it_is_best(verb: str, trained: Trained, toys: Toys, tmp_path: Path) -> None:
+    """Whatever `save.every` says."""
     settings: dict[str, Any] = {
-        "save": SaveConfig(every=3, keep=1, keep_best="-heldout_loss"),
-        "eval_every": 5,
-        "epochs": 1,
-    }
+        "save": SaveConfig(every=1000, keep=1, keep_best="-heldout_loss"), "eval_every": 2, "epochs": 2,
+        "optim": OptimConfig(lr=3.0, schedule="constant", warmup=0.6),  # it learns, then far too much is asked of it
+    }  # fmt: skip
     make = {"sft": (sft_config, toys.dialogues), "reward": (reward_config, trained.sft, toys.pairs)}[verb]
     config = make[0](tmp_path / "run", *make[1:], **settings)
     (sft if verb == "sft" else reward)(config)
-    rows = metrics(config.run_dir)
-    judged = {row["step"]: row["heldout_loss"] for row in rows if "heldout_loss" in row}
-    saved = {row["step"] for row in rows if (row["step"] + 1) % 3 == 0}
-    assert saved <= judged.keys() and len(saved) >= 2
-    names = {path.name for path in checkpoints(config.run_dir / "checkpoints")}
-    assert f"step-{min(saved | {rows[-1]['step']}, key=lambda step: judged[step])}" in names
+    judged = {row["step"]: row["heldout_loss"] for row in metrics(config.run_dir) if "heldout_loss" in row}
+    best, last = min(judged, key=lambda step: judged[step]), max(judged)
+    assert best < last - 1
+    names = [path.name for path in checkpoints(config.run_dir / "checkpoints")]
+    assert names == [f"step-{best}", f"step-{last}"]
 
 
 def test_an_unknown_metric_is_found_at_the_first_row(trained: Trained, toys: Toys, tmp_path: Path) -> None:

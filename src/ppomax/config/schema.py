@@ -125,8 +125,8 @@ class SaveConfig(Schema):
     keep: int = Field(default=2, ge=1, description="Newest verified checkpoints that stay.")
     keep_best: str | None = Field(
         default=None,
-        description="Also keep the checkpoint with the highest value of this metric (gold_mean); with a minus before"
-        " it (-heldout_loss), the lowest. None: the newest only.",
+        description="Save whenever this metric (gold_mean) is higher than ever, or with a minus before it"
+        " (-heldout_loss) lower, and keep that checkpoint beside the newest. None: off.",
     )
     grace: float | None = Field(
         default=None,

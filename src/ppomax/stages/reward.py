@@ -102,7 +102,7 @@ def _train(run: Session, config: RewardConfig) -> dict[str, Any]:
                 learning_rate(step, steps, **rate(config.optim)),
             )  # fmt: skip
             row = {"step": step, "epoch": epoch, **row, **step_row(work, time.perf_counter() - began)}
-            if heldout and (step % config.eval_every == 0 or step == steps - 1 or run.judges(step)):
+            if heldout and (step % config.eval_every == 0 or step == steps - 1):
                 scores = score_rows(model, heldout, held_states, config.compute.tokens_per_microbatch)
                 judged = judged_pairs(heldout, scores)
                 margins = torch.tensor([pair.margin for pair in judged])

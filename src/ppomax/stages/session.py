@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -71,6 +72,8 @@ class Session:
     log: MetricsLog | None = None
     wait_minutes: float = 30
     at_end: ExitStack = field(default_factory=ExitStack)
+    # What `save.keep_best` was at its best, larger being better, and in which row.
+    best: tuple[float, int] = (-math.inf, -1)
     saving: Background = field(default_factory=Background)
 
     def finished(self) -> dict[str, Any] | None:
@@ -128,6 +131,8 @@ class Session:
         if world.is_first():
             drop_rows_after(self.run.samples, last)
             self.log = MetricsLog(self.run.metrics, self.run.path, last=last)
+        for row in world.first(lambda: read_metrics(self.run.metrics)) if self.save.keep_best and last >= 0 else ():
+            self._compare(row)
         self.meet("start")
         return restored
 
@@ -161,12 +166,12 @@ class Session:
     def checkpoint(
         self, number: int, last: bool, state: Callable[[], tuple[Mapping[str, Tensor], dict[str, Any]]]
     ) -> None:
-        """Save after `number` if it is due; after an interruption, save and raise Interrupted.
+        """Save after `number` if it is due or the best so far; after an interruption, save and raise Interrupted.
 
         A save in the background that failed raises here, one step after it did.
         """
         self.saving.settle(wait=False)
-        due = (number + 1) % self.save.every == 0 or last
+        due = (number + 1) % self.save.every == 0 or last or self.best[1] == number
         stop = int(world.largest(self.stop_requested or 0))
         if not due and not stop:
             return
@@ -194,10 +199,6 @@ class Session:
                 code=_EXIT[signal.Signals(stop)],
             )
 
-    def judges(self, number: int) -> bool:
-        """Whether what comes after `number` is saved and compared, so that what it is compared by must be measured."""
-        return self.save.keep_best is not None and (number + 1) % self.save.every == 0
-
     def _sync_rows(self) -> None:
         if self.log is not None:
             with disk_errors(self.run.metrics):
@@ -210,13 +211,23 @@ class Session:
         """The checkpoint with the best `save.keep_best`, among those on the disk and the new one."""
         if self.save.keep_best is None:
             return []
-        key, sign = self.save.keep_best.removeprefix("-"), -1 if self.save.keep_best.startswith("-") else 1
-        rows = {row[self.unit]: row.get(key) for row in read_metrics(self.run.metrics)}
+        rows = {row[self.unit]: self._goodness(row) for row in read_metrics(self.run.metrics)}
         names = {*new, *(path.name for path in checkpoints(self.run.checkpoints))}
-        judged = [
-            (sign * value, name) for name in names if (value := rows.get(checkpoint_number(Path(name)))) is not None
-        ]
+        judged = [(good, name) for name in names if (good := rows.get(checkpoint_number(Path(name)))) is not None]
         return [max(judged)[1]] if judged else []
+
+    def _goodness(self, row: Mapping[str, Any]) -> float | None:
+        """What `save.keep_best` says of a row, larger being better; None where it says nothing."""
+        key = self.save.keep_best or ""
+        value = row.get(key.removeprefix("-"))
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            return None
+        return -value if key.startswith("-") else value
+
+    def _compare(self, row: Mapping[str, Any]) -> None:
+        good = self._goodness(row)
+        if good is not None and good > self.best[0]:
+            self.best = good, row[self.unit]
 
     def finish(self, export: Callable[[Path], None], summary: Mapping[str, Any]) -> dict[str, Any]:
         """Write final/, summary.json and report.html."""
@@ -240,6 +251,7 @@ class Session:
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Write one row of measurements; `restore` has opened the log."""
+        self._compare(row)
         best = (self.save.keep_best or "").removeprefix("-")
         if best and row[self.unit] == 0 and not isinstance(row.get(best), int | float):
             known = sorted(key for key, value in row.items() if isinstance(value, int | float))

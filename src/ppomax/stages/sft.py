@@ -82,7 +82,7 @@ def _train(run: Session, config: SFTConfig) -> dict[str, Any]:
                 budget, learning_rate(step, steps, **rate(config.optim)),
             )  # fmt: skip
             row = {"step": step, "epoch": epoch, **loss, **step_row(work, time.perf_counter() - began)}
-            if heldout and (step % config.eval_every == 0 or step == steps - 1 or run.judges(step)):
+            if heldout and (step % config.eval_every == 0 or step == steps - 1):
                 row["heldout_loss"] = mean_nll(policy, heldout, budget)
             run.append(row)
             failures = failures_after(failures, [loss["grad_norm"]])
