@@ -24,11 +24,9 @@ from ppomax.models.players import Policy, at_responses
 from ppomax.stages.estimate import estimate
 from ppomax.stages.ppo import ppo
 from ppomax.stages.update import update
-from ppomax.types import SetupError
 from stages.conftest import Toys, Trained
 from stages.toy import (
     CALM,
-    FLOAT32,
     LONGER,
     expect_exact_resume,
     first_iteration,
@@ -363,64 +361,3 @@ def test_a_policy_without_sft_can_be_held_to_the_sft_model(trained: Trained, toy
     ppo(config)
     rows = metrics(config.run_dir)
     assert rows[0]["kl_per_sequence"] > 1  # from the first batch on: the policy does not start at the reference
-
-
-CONTRADICTIONS: dict[str, dict[str, Any]] = {
-    "critic.init: found None": {"critic": NO_CRITIC},
-    "critic.pretrain_iterations: found 1 without": {
-        "critic": CriticConfig(init=None, pretrain_iterations=1), "advantage": "whole_return", "baseline": None,
-    },
-    "samples_per_prompt: found 1 with baseline leave_one_out": {"advantage": "whole_return", "baseline": "leave_one_out"},
-    "baseline: found group_normalise with": {
-        "advantage": "rewards_to_go", "baseline": "group_normalise", "samples_per_prompt": 2,
-    },
-    "score.scale: found True beside": {"score": ScoreConfig(scale=True)},
-    "score.missing_eos_penalty: found 1.0 with score.truncated bootstrap": {
-        "score": ScoreConfig(truncated="bootstrap", missing_eos_penalty=1.0),
-    },
-    "objective.kind: found policy_gradient with 4 steps an iteration": {
-        "objective": ObjectiveConfig(kind="policy_gradient"), "rollout_batch": 16, "minibatch": 8, "epochs": 2,
-    },
-    "score.clip: found 5.0 beside": {"score": ScoreConfig(scale=True, normalise=False)},
-    "baseline: found batch_mean with advantage gae": {"baseline": "batch_mean"},
-    "k: found 3 with advantage gae": {"k": 3},
-    "kl.horizon: found 2 with rollout_batch 16": {"kl": KLConfig(target=1.0, horizon=2.0)},
-    "compute.compiled: found True with objective trpo": {
-        "objective": ObjectiveConfig(kind="trpo"), "compute": FLOAT32.model_copy(update={"compiled": True}),
-    },
-    "kl.place: found loss with objective trpo": {
-        "objective": ObjectiveConfig(kind="trpo"), "kl": KLConfig(place="loss", estimator="k2"),
-    },
-    "objective.denominator: found reference": { **ONE_MINIBATCH,
-        "objective": ObjectiveConfig(kind="policy_gradient", denominator="reference"),
-    },
-    "critic.pretrain_tolerance: found a tolerance": {
-        "critic": CriticConfig(init="policy", pretrain_iterations=2, pretrain_tolerance=0.1),
-    },
-    "score.by_source: found True without": {"score": ScoreConfig(by_source=True, normalise=False)},
-    "kl.target: found a target without": {"kl": KLConfig(coefficient=None, target=1.0)},
-    "kl.estimator: found k1 in the loss": {"kl": KLConfig(place="loss")},
-    "objective.penalty_target: found 0.1 with": {"objective": ObjectiveConfig(penalty_target=0.1)},
-    "objective.dual_clip: found": {"objective": ObjectiveConfig(kind="surrogate", dual_clip=2.0)},
-    "objective.entropy_clip: found": {"objective": ObjectiveConfig(entropy_clip=2.0)},
-    "ptx_weight: found 0.1 with objective trpo": {"objective": ObjectiveConfig(kind="trpo"), "ptx": True},
-    "objective.entropy_weight: found 0.1 with objective trpo": {"objective": ObjectiveConfig(kind="trpo", entropy_weight=0.1)},
-    "compute.dtype: found torch.bfloat16 with objective trpo": {
-        "objective": ObjectiveConfig(kind="trpo"), "compute": FLOAT32.model_copy(update={"dtype": "bfloat16"}),
-    },
-    "score.truncated: found bootstrap without": {
-        "critic": NO_CRITIC, "advantage": "whole_return", "baseline": None, "score": ScoreConfig(truncated="bootstrap"),
-    },
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("message", CONTRADICTIONS)
-def test_settings_that_contradict_each_other_are_refused(
-    message: str, trained: Trained, toys: Toys, tmp_path: Path
-) -> None:
-    settings = dict(CONTRADICTIONS[message])
-    if settings.pop("ptx", False):
-        settings |= {"ptx_data": (toys.dialogues,), "ptx_weight": 0.1}
-    with pytest.raises(SetupError) as error:
-        prepared(ppo_config(tmp_path / "run", trained.sft, toys.prompts, **settings))
-    assert str(error.value).startswith(message)

@@ -130,7 +130,7 @@ def _read(
         usual = None
         for row in iter_rows(spec):
             read += 1
-            schema = schemas.schema_of(schemas.present(row))
+            schema = schemas.schema_of(row.fields)
             usual = usual or schema
             try:
                 values, notes = convert(row)

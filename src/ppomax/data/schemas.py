@@ -62,7 +62,7 @@ def present(row: Row) -> dict[str, Any]:
 def schema_of(fields: Mapping[str, Any]) -> str:
     """What a row is made of, for a report of files that mix several; by the names that decide how it is read."""
     for names in (("chosen", "rejected"), ("responses",), ("messages",), ("instruction",), ("prompt",), ("text",)):
-        if all(name in fields for name in names):
+        if all(fields.get(name) is not None for name in names):  # tables fill what a row lacks with null
             kind = " as messages" if isinstance(fields[names[0]], list) and names[0] in ("chosen", "prompt") else ""
             return " and ".join(f"`{name}`" for name in names) + kind
     return "other fields"

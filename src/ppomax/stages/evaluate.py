@@ -64,9 +64,10 @@ def _evaluate(run: Run, config: EvaluateConfig) -> dict[str, Any]:
     if config.reward is None and not config.judge:
         raise SetupError("judge: found neither a judge nor a reward model, expected at least one to compare by")
     compute = compute_of(config.compute)
-    names = Counter(spec.rpartition(":")[2] for spec in config.judge)
+    names = [spec.rpartition(":")[2] for spec in config.judge]
     judges = {
-        name if names[name := spec.rpartition(":")[2]] == 1 else spec: load_function(spec) for spec in config.judge
+        spec if names.count(name) > 1 else name: load_function(spec)
+        for name, spec in zip(names, config.judge, strict=True)
     }
     tokenizer = load_tokenizer(config.policy, config.compute.chat_template)
     if not same_vocabulary(load_tokenizer(config.baseline, config.compute.chat_template), tokenizer):
