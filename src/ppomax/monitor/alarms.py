@@ -26,7 +26,7 @@ class Limits:
     kl_per_sequence: float = 15.0  # nats per response
     kl_stop: float = 60.0
     kl_negative: float = -0.5  # an estimate may be a little below 0, by chance
-    behaviour_gap: float = 0.1  # nats per token; bfloat16 rounds by about a tenth of it
+    behaviour_gap: float = 0.1  # nats per token, on average: more than rounding
     length_growth: float = 1.8  # times the baseline
     length_shrink: float = 0.5
     perplexity_fall: float = 0.6
