@@ -18,11 +18,15 @@ from ppomax.errors import DataError as DataError
 from ppomax.errors import SetupError as SetupError
 
 
-class Message(TypedDict):
-    """One turn of a dialogue: `role` is system, user or assistant."""
-
+class _Turn(TypedDict):
     role: str
     content: str
+
+
+class Message(_Turn, total=False):
+    """One turn of a dialogue: `role` is system, user or assistant. learnt: False for an answer that is only read."""
+
+    learnt: bool
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,17 @@ def test_the_mask_covers_every_answer_with_its_eos_and_nothing_else(
     assert list(zip(ids, mask, strict=True)) == expected
 
 
+def test_an_answer_that_is_only_read_counts_nowhere(tokenizer: PreTrainedTokenizerBase) -> None:
+    first = len(render_prompt(tokenizer, TURNS[:1])) + len(render_response(tokenizer, TURNS[1]["content"]))
+    ids, mask = render_dialogue(tokenizer, Dialogue(TURNS, key=""), max_length=1000)
+    read = Message(**TURNS[1], learnt=False)
+    assert render_dialogue(tokenizer, Dialogue((TURNS[0], read, *TURNS[2:]), key=""), max_length=1000) == (
+        ids, [False] * first + mask[first:],
+    )  # fmt: skip
+    assert any(mask[:first])
+    assert not any(render_dialogue(tokenizer, Dialogue((TURNS[0], read), key=""), max_length=1000)[1])
+
+
 def test_a_dialogue_is_its_prompt_and_its_response(tokenizer: PreTrainedTokenizerBase) -> None:
     ids, mask = render_dialogue(tokenizer, Dialogue(TURNS, key=""), max_length=1000)
     prompt, response = render_prompt(tokenizer, TURNS[:-1]), render_response(tokenizer, TURNS[-1]["content"])

@@ -36,6 +36,16 @@ def test_the_four_formats_hold_the_same_rows(tmp_path: Path, write: Callable[...
         assert [row.place for row in iter_rows(str(path))] == [f"{path}:1", f"{path}:2"]
 
 
+@pytest.mark.parametrize("name", ["rows.txt", "rows.txt.gz"])
+def test_every_line_of_a_text_file_is_a_row(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    text = "\ufeffA first text.\r\n\n  Zweiter Text: „ä“\n".encode()
+    path.write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+    assert [(row.fields, row.place) for row in iter_rows(str(path))] == [
+        ({"text": "A first text."}, f"{path}:1"), ({"text": "Zweiter Text: „ä“"}, f"{path}:3"),
+    ]  # fmt: skip
+
+
 def test_blank_lines_count_as_lines_and_a_byte_order_mark_does_not_matter(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n\n{"prompt": "b\xe2\x80\xa8c"}')

@@ -277,6 +277,19 @@ def test_numbers_and_lists_beyond_measure_are_named_with_their_line(tmp_path: Pa
         read_pairs(str(path))
 
 
+def test_a_dialogue_ends_with_its_last_answer_that_is_learnt(write: Callable[..., Path]) -> None:
+    def answered(*weights: int) -> dict:
+        turns = [
+            turn
+            for i, weight in enumerate(weights)
+            for turn in (*messages(("user", f"q{i}")), {"role": "assistant", "content": f"a{i}", "weight": weight})
+        ]
+        return {"messages": turns}
+
+    dialogues, _ = read_dialogues(str(write(answered(0, 1, 0), answered(1, 1))))
+    assert [[m.get("learnt", True) for m in d.messages] for d in dialogues] == [[True, False, True, True], [True] * 4]
+
+
 def test_chat_as_openai_writes_it(write: Callable[..., Path]) -> None:
     parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
     call = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
@@ -290,6 +303,6 @@ def test_chat_as_openai_writes_it(write: Callable[..., Path]) -> None:
     assert [(m["role"], m["content"]) for m in dialogue.messages] == [
         ("system", "Be brief."), ("user", "Hello"), ("assistant", "Hi."),
     ]  # fmt: skip
-    assert report.dropped == {"a turn of a tool, or one that calls one": 1, "a turn with weight 0": 1}
+    assert report.dropped == {"a turn of a tool, or one that calls one": 1, "every assistant turn has weight 0": 1}
     with pytest.raises(DataError, match=r"content\[0\]: found a part of type 'image_url', expected text only"):
         read_dialogues(str(write({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]})))

@@ -94,8 +94,8 @@ def render_dialogue(
 ) -> tuple[list[int], list[bool]]:
     """Token ids of a dialogue and its loss mask, both cut on the right at `max_length`.
 
-    The mask is True on the tokens of every assistant turn, its eos included, and False on all else; the ids end at
-    the eos of the last assistant turn. Plain text is tokenised as the tokenizer does it, and all of it counts. A mask
+    The mask is True on the tokens of every assistant turn that is learnt, its eos included, and False on all else; the
+    ids end at the eos of the last assistant turn. Plain text is tokenised as the tokenizer does it, and all of it counts. A mask
     without True (the first answer begins after the cut) means that there is nothing to learn.
     """
     if dialogue.text is not None:
@@ -105,8 +105,10 @@ def render_dialogue(
     if not answers:
         raise ValueError("render_dialogue: found no assistant turn, expected at least one")
     ids, start = _turn_ids(tokenizer, dialogue.messages[: answers[-1] + 1])
-    mask = [False] * start + [True] * (len(ids) - start)
+    mask = [False] * start + [dialogue.messages[answers[-1]].get("learnt", True)] * (len(ids) - start)
     for i in answers[:-1]:
+        if not dialogue.messages[i].get("learnt", True):
+            continue
         earlier, start = _turn_ids(tokenizer, dialogue.messages[: i + 1])
         _expect_prefix(ids, earlier, tokenizer)
         if start >= max_length:

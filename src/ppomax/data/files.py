@@ -1,6 +1,6 @@
 """Opening data: a spec string in, rows with their place in the file out.
 
-A spec is a local file (`.jsonl`, `.jsonl.gz`, `.json` holding a list, `.parquet`) or a hub dataset
+A spec is a local file (`.jsonl`, `.jsonl.gz`, `.json` holding a list, `.parquet`, `.txt`) or a hub dataset
 `owner/name[:split]`, optionally followed by tags: `#source=NAME` labels every row that comes from it, `#weight=W` says
 how often an epoch reads each (`#source=NAME&weight=W` does both); `#folder=NAME` and `#config=NAME` choose within a hub
 dataset.
@@ -26,7 +26,7 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.+-]+(\[[\d:%-]*\])?)?")
 _EXTENSION = re.compile(r"\.[A-Za-z]\w{0,7}$")
 _TAGS = re.compile(r"#(\w+=[^#]*)$")
 _TAG_NAMES = ("source", "weight", "folder", "config")
-_FORMATS = ".jsonl, .jsonl.gz, .json (holding a list) or .parquet"
+_FORMATS = ".jsonl, .jsonl.gz, .json (holding a list), .parquet or .txt (a text a line)"
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ def iter_rows(spec: str) -> Iterator[Row]:
     if not path.exists():
         rows = _hub_rows(name, folder=tags.get("folder"), config=tags.get("config"))
     else:
-        rows = {"jsonl": _jsonl_rows, "json": _json_rows, "parquet": _parquet_rows}[_format(path) or ""](path)
+        readers = {"jsonl": _jsonl_rows, "json": _json_rows, "parquet": _parquet_rows, "text": _text_rows}
+        rows = readers[_format(path) or ""](path)
     for number, value in rows:
         place = f"{name}:{number}"
         if not isinstance(value, dict):
@@ -110,11 +111,24 @@ def _looks_local(name: str) -> bool:
 
 
 def _format(path: Path) -> str | None:
-    endings = {".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".json": "json", ".parquet": "parquet"}
+    endings = {
+        ".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".json": "json", ".parquet": "parquet", ".txt": "text", ".txt.gz": "text",
+    }  # fmt: skip
     return next((kind for ending, kind in endings.items() if path.name.lower().endswith(ending)), None)
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    for number, line in _lines(path):
+        yield number, _parse(line, f"{path}:{number}", path.name)
+
+
+def _text_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    for number, line in _lines(path):
+        yield number, {"text": line.strip()}
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """The lines that hold something, with their numbers."""
     opener = gzip.open if path.name.lower().endswith(".gz") else open
     try:
         # Bytes, so that only "\n" ends a line and invalid UTF-8 is found with its line number.
@@ -123,7 +137,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, Any]]:
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")
                 if line.strip():
-                    yield number, _parse(_decode(line, f"{path}:{number}"), f"{path}:{number}", path.name)
+                    yield number, _decode(line, f"{path}:{number}")
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataError(f"{path}: damaged gzip file ({error}); copy or download it again") from error
 

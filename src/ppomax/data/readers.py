@@ -75,6 +75,9 @@ def read_dialogues(specs: str | Sequence[str]) -> tuple[list[Dialogue], ReadRepo
         answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if not answers:
             raise schemas.Unusable("no assistant turn")
+        answers = [i for i in answers if messages[i].get("learnt", True)]
+        if not answers:
+            raise schemas.Unusable("every assistant turn has weight 0")
         if any(not messages[i]["content"].strip() for i in answers):
             raise schemas.Unusable("empty response")
         messages = messages[: answers[-1] + 1]

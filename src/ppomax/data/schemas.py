@@ -293,12 +293,13 @@ def _message_list(value: Any, where: str) -> Messages:
         if not isinstance(item, Mapping) or "role" not in item or "content" not in item:
             found = ", ".join(map(str, item)) if isinstance(item, Mapping) else type(item).__name__
             raise DataError(f"{where}[{i}]: found {found or 'no keys'}, expected an object with `role` and `content`")
-        if item.get("role") == "assistant" and item.get("weight") == 0:
-            raise Unusable("a turn with weight 0")
         role = "system" if item["role"] == "developer" else item["role"]
         if role not in ROLES:
             raise DataError(f"{where}[{i}].role: found {item['role']!r}, expected one of {', '.join(ROLES)}")
-        messages.append(Message(role=role, content=_content(item["content"], f"{where}[{i}].content")))
+        message = Message(role=role, content=_content(item["content"], f"{where}[{i}].content"))
+        if role == "assistant" and item.get("weight") == 0:  # OpenAI's mark
+            message["learnt"] = False
+        messages.append(message)
     return tuple(m for m in messages if m["role"] != "system" or m["content"].strip())
 
 
