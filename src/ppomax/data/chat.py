@@ -95,8 +95,8 @@ def render_dialogue(
     """Token ids of a dialogue and its loss mask, both cut on the right at `max_length`.
 
     The mask is True on the tokens of every assistant turn that is learnt, its eos included, and False on all else; the
-    ids end at the eos of the last assistant turn. Plain text is tokenised as the tokenizer does it, and all of it counts. A mask
-    without True (the first answer begins after the cut) means that there is nothing to learn.
+    ids end at the eos of the last assistant turn. Plain text is tokenised as the tokenizer does it; all of it counts.
+    A mask without True (the first answer begins after the cut) means that there is nothing to learn.
     """
     if dialogue.text is not None:
         ids = list(tokenizer(dialogue.text, split_special_tokens=True)["input_ids"])[:max_length]

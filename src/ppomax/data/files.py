@@ -111,10 +111,10 @@ def _looks_local(name: str) -> bool:
 
 
 def _format(path: Path) -> str | None:
-    endings = {
-        ".jsonl": "jsonl", ".jsonl.gz": "jsonl", ".json": "json", ".parquet": "parquet", ".txt": "text", ".txt.gz": "text",
-    }  # fmt: skip
-    return next((kind for ending, kind in endings.items() if path.name.lower().endswith(ending)), None)
+    endings = {".jsonl": "jsonl", ".json": "json", ".parquet": "parquet", ".txt": "text"}
+    name = path.name.lower()
+    plain = name.removesuffix(".gz") if name.endswith((".jsonl.gz", ".txt.gz")) else name
+    return next((kind for ending, kind in endings.items() if plain.endswith(ending)), None)
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[int, Any]]:
