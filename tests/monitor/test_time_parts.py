@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 
 from ppomax.monitor.plots import GREEN, shades, stacked_bars
@@ -40,6 +42,15 @@ def test_every_part_has_a_colour_of_its_own() -> None:
 def test_rows_without_times_give_no_picture() -> None:
     assert time_parts([{"iteration": 0}]) == []
     assert stacked_bars([0.0], [], xlabel="iteration", ylabel="seconds") == ""
+
+
+def test_a_reward_with_a_long_name_leaves_room_for_the_bars() -> None:
+    name = "seconds/score/reward/package.module:" + "a_very_long_name_" * 6 + "end"
+    row = {**ROWS[0], name: 1.0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # matplotlib says so where a legend leaves no room
+        drawn = stacked_bars([0, 1], time_parts([row] * 2), xlabel="iteration", ylabel="seconds")
+    assert "score: r…" in drawn and "long_name_end" in drawn
 
 
 def test_one_bar_and_thousands_of_bars_can_be_drawn() -> None:

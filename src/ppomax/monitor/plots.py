@@ -26,6 +26,7 @@ _SERIES = (BLUE, AMBER, GREEN, PURPLE, RED, "#0891b2", "#be185d", GREY)
 _INK, _GRID = "#334155", "#e2e8f0"
 _WIDTH, _PANEL_HEIGHT = 5.0, 1.8
 _MOST_POINTS, _MOST_COLUMNS, _BINS = 300, 60, 40
+_LONGEST_LABEL = 28
 
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -189,7 +190,7 @@ def stacked_bars(
         width = 0.85 * (table[0, -1] - table[0, 0]) / max(table.shape[1] - 1, 1) or 0.85
         below = np.zeros(table.shape[1])
         for (label, _, colour), heights in zip(parts, table[1:], strict=True):
-            ax.bar(table[0], heights, width, bottom=below, color=colour, linewidth=0, label=label)
+            ax.bar(table[0], heights, width, bottom=below, color=colour, linewidth=0, label=_short(label))
             below += heights
         ax.set(xlabel=xlabel, ylabel=ylabel)
         ax.margins(x=0.01)
@@ -247,7 +248,7 @@ def _draw_line(ax: Axes, x: Sequence[float], line: Line, colour: str) -> None:
     table = np.array([x, line.values, spread], dtype=float)
     table = _thin(table[:, np.isfinite(table[:2]).all(axis=0)])
     marker = "o" if table.shape[1] <= 30 else None
-    ax.plot(table[0], table[1], color=colour, marker=marker, markersize=3.2, label=line.label)
+    ax.plot(table[0], table[1], color=colour, marker=marker, markersize=3.2, label=_short(line.label))
     if line.spread is not None:
         half = np.nan_to_num(table[2])
         ax.fill_between(table[0], table[1] - half, table[1] + half, color=colour, alpha=0.15, linewidth=0)
@@ -294,6 +295,12 @@ def _rebin(edges: np.ndarray, counts: np.ndarray, grid: np.ndarray) -> np.ndarra
         return np.histogram(edges[:1], bins=grid)[0].astype(float)
     cumulative = np.concatenate([[0.0], np.cumsum(counts)]) / counts.sum()
     return np.diff(np.interp(grid, edges, cumulative))
+
+
+def _short(label: str) -> str:
+    """A label that leaves room for its plot; of a reward's long name the middle goes."""
+    tail = _LONGEST_LABEL - 9
+    return label if len(label) <= _LONGEST_LABEL else f"{label[:8]}…{label[-tail:]}"
 
 
 def _svg(figure: Figure) -> str:
