@@ -54,8 +54,10 @@ class PreallocatedLayer(CacheLayerMixin):
         self.filled = end
         return keys[: self.count, :, :end], values[: self.count, :, :end]
 
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.filled + int(query_length), 0
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+        # The first versions of transformers 5 give the positions of the query's tokens, later ones their number.
+        count = len(query_length) if isinstance(query_length, Tensor) and query_length.ndim else int(query_length)
+        return self.filled + count, 0
 
     def get_seq_length(self) -> int:
         return self.filled
