@@ -147,6 +147,7 @@ def shape_of(config: Any, name: str) -> Shape:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
+            model.tie_weights()  # the first versions of transformers 5 leave it to whoever makes a model this way
     except UNREADABLE as error:
         raise SetupError(f"{name}: no causal LM can be made of its config.json: {error}") from None
     base: Any = getattr(model, model.base_model_prefix)
