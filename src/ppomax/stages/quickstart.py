@@ -101,7 +101,7 @@ def stage_configs(config: QuickstartConfig) -> dict[str, Any]:
         "ppo": PPOConfig(
             run_dir=at / "ppo", policy=str(at / "sft" / "final"), reward=(str(at / "reward" / "final"),),
             prompts=(_data("prompts"),), ptx_data=(_data("dialogues"),), ptx_weight=0.05, ptx_batch=4,
-            iterations=13, rollout_batch=64, samples_per_prompt=4, minibatch=16, max_prompt_tokens=160,
+            iterations=14, rollout_batch=64, samples_per_prompt=4, minibatch=16, max_prompt_tokens=160,
             gae_lambda=0.95, ema=0.9, sampling=SAMPLING, kl=KLConfig(coefficient=0.045),
             critic=CriticConfig(pretrain_iterations=2, optim=OptimConfig(lr=3e-4)),
             optim=OptimConfig(lr=1.5e-4), judge=_judges(config)[-1], seed=config.seed, compute=compute,
