@@ -32,7 +32,8 @@ def test_fifty_iterations_hold_no_more_tensors_than_five(trained: Trained, toys:
 
     config = ppo_config(
         tmp_path / "run", trained.sft, toys.prompts, reward=(), iterations=ITERATIONS, rollout_batch=4, minibatch=4,
-        buffer=2, objective=ObjectiveConfig(importance_cap=2), ema=0.9, sampling=SamplingConfig(max_new_tokens=4), ptx_data=(toys.dialogues,), ptx_weight=0.1,
+        buffer=2, objective=ObjectiveConfig(importance_cap=2), ema=0.9, sampling=SamplingConfig(max_new_tokens=4),
+        ptx_data=(toys.dialogues,), ptx_weight=0.1,
     )  # fmt: skip
     ppo(config, reward=watch)
     assert len(held) == ITERATIONS

@@ -13,7 +13,7 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ def check_spec(spec: str) -> None:
     if path.is_dir():
         raise DataError(f"{name}: is a directory, expected a file ({_FORMATS})")
     if path.exists():
-        if _format(path) is None:
+        if _reader(path) is None:
             raise DataError(f"{name}: unknown file format, expected {_FORMATS}")
         if only_hub := [tag for tag in ("folder", "config") if tag in tags]:
             raise DataError(f"{spec}: found #{only_hub[0]} with a local file, expected it with a hub dataset only")
@@ -69,8 +69,9 @@ def iter_rows(spec: str) -> Iterator[Row]:
     if not path.exists():
         rows = _hub_rows(name, folder=tags.get("folder"), config=tags.get("config"))
     else:
-        readers = {"jsonl": _jsonl_rows, "json": _json_rows, "parquet": _parquet_rows, "text": _text_rows}
-        rows = readers[_format(path) or ""](path)
+        reader = _reader(path)
+        assert reader is not None  # the spec was checked
+        rows = reader(path)
     for number, value in rows:
         place = f"{name}:{number}"
         if not isinstance(value, dict):
@@ -110,11 +111,12 @@ def _looks_local(name: str) -> bool:
     return name[:1] in (".", "/", "~") or bool(_EXTENSION.search(name)) or not _HUB_NAME.fullmatch(name)
 
 
-def _format(path: Path) -> str | None:
-    endings = {".jsonl": "jsonl", ".json": "json", ".parquet": "parquet", ".txt": "text"}
-    name = path.name.lower()
-    plain = name.removesuffix(".gz") if name.endswith((".jsonl.gz", ".txt.gz")) else name
-    return next((kind for ending, kind in endings.items() if plain.endswith(ending)), None)
+def _reader(path: Path) -> Callable[[Path], Iterator[tuple[int, Any]]] | None:
+    readers = {
+        ".jsonl": _jsonl_rows, ".jsonl.gz": _jsonl_rows, ".txt": _text_rows, ".txt.gz": _text_rows,
+        ".json": _json_rows, ".parquet": _parquet_rows,
+    }  # fmt: skip
+    return next((reader for ending, reader in readers.items() if path.name.lower().endswith(ending)), None)
 
 
 def _jsonl_rows(path: Path) -> Iterator[tuple[int, Any]]:

@@ -26,7 +26,7 @@ _SERIES = (BLUE, AMBER, GREEN, PURPLE, RED, "#0891b2", "#be185d", GREY)
 _INK, _GRID = "#334155", "#e2e8f0"
 _WIDTH, _PANEL_HEIGHT = 5.0, 1.8
 _MOST_POINTS, _MOST_COLUMNS, _BINS = 300, 60, 40
-_LONGEST_LABEL = 28
+_LABEL_START, _LABEL_END = 8, 19
 
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -299,8 +299,8 @@ def _rebin(edges: np.ndarray, counts: np.ndarray, grid: np.ndarray) -> np.ndarra
 
 def _short(label: str) -> str:
     """A label that leaves room for its plot; of a reward's long name the middle goes."""
-    tail = _LONGEST_LABEL - 9
-    return label if len(label) <= _LONGEST_LABEL else f"{label[:8]}…{label[-tail:]}"
+    fits = len(label) <= _LABEL_START + 1 + _LABEL_END
+    return label if fits else f"{label[:_LABEL_START]}…{label[-_LABEL_END:]}"
 
 
 def _svg(figure: Figure) -> str:
