@@ -18,7 +18,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-inp
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-fast test-faults test-vllm check mutate
+.PHONY: help venv quickstart test test-fast test-faults test-gpu test-vllm check mutate
 .PHONY: bench bench-gpu bench-reward bench-sft bench-vllm golden clean
 
 help: ## this list
@@ -58,6 +58,9 @@ test-fast: $(INSTALLED) ## all tests but the slow ones
 
 test-faults: $(INSTALLED) ## runs that are killed dozens of times and go on exactly; minutes
 	@$(PYTEST) -m faults -rP --durations 5 tests/faults $(ARGS)
+
+test-gpu: $(INSTALLED) ## what only an NVIDIA GPU can show: minutes; without a GPU nothing is collected
+	@$(BIN)/python -m pytest tests/gpu --durations 5 $(ARGS)
 
 # The tests of random state import torch and transformers, seconds that belong to `make test`.
 check: $(INSTALLED) ## lint, format, types, layers of imports: under 30 seconds

@@ -105,6 +105,8 @@ def our_config(
     """The real `ppo` stage with the settings that both sides have."""
     layers = AutoConfig.from_pretrained(model_directory(arguments.model)).num_hidden_layers
     layouts = {"full": {}, "lora": {"lora_rank": LORA_RANK}, "trunk": {"train_layers": max(layers // 3, 1)}}
+    # On a GPU whole minibatches, as TRL reads them on either.
+    budget = {"tokens_per_microbatch": 32768} if arguments.device == "cuda" else {}
     optim = {"lr": LEARNING_RATE, "betas": BETAS, "warmup": 0.0, "schedule": "constant"}
     values = {
         "run_dir": scratch / "run",
@@ -121,7 +123,7 @@ def our_config(
         "sampling": {"max_new_tokens": workload.new_tokens},
         "optim": optim,
         "critic": {"init": "reward", "value_clip": CLIP, "optim": optim},
-        "compute": {"device": arguments.device, "dtype": contender.precision, **layouts[contender.layout]},
+        "compute": {"device": arguments.device, "dtype": contender.precision, **budget, **layouts[contender.layout]},
         "save": {"every": 10**9},
     }
     return overlay(vanilla(), values, origin="bench")

@@ -7,7 +7,8 @@
 Contenders run in turn, each in a process of its own, so that the peak of its memory is its own; the fastest of
 `repeats` counts. Only the training loop is timed. Gradient checkpointing is off on both sides (TRL's default is on);
 all layers are trained in both. Tokens are those of the rows, without padding, and equal on both sides. The table is
-printed and written to bench/training-reward.md or bench/training-sft.md.
+printed and written to bench/training-reward.md or bench/training-sft.md; with --device cuda both sides compute on the
+GPU, whose memory counts, and the file ends with -cuda.md.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("stage", choices=[*CONTENDERS])
     parser.add_argument("--data", help="pairs or dialogues; default: the quickstart's dialogues")
     parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where both sides compute")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--heldout", type=int, default=0, help="prompts whose pairs are ranked at the end (reward)")
@@ -57,15 +59,17 @@ def main() -> None:
     contenders = {name: [*sys.argv[1:], "--contender", name] for name in CONTENDERS[arguments.stage]}
     runs = in_turn("bench.training", contenders, arguments.repeats)
     text = _table(arguments, runs)
-    Path(__file__).with_name(f"training-{arguments.stage}.md").write_text(text, encoding="utf-8")
+    device = "" if arguments.device == "cpu" else f"-{arguments.device}"
+    Path(__file__).with_name(f"training-{arguments.stage}{device}.md").write_text(text, encoding="utf-8")
     print(text)
 
 
 def _table(arguments: argparse.Namespace, runs: dict[str, list[Run]]) -> str:
     best = {name: min(kept, key=lambda run: run["seconds"]) for name, kept in runs.items()}
     ours = best["ppomax"]
+    where = processor() if arguments.device == "cpu" else torch.cuda.get_device_name()
     setting = [
-        arguments.model, ours["dtype"], processor(), versions("torch", "transformers"), f"{ours['rows']} rows",
+        arguments.model, ours["dtype"], where, versions("torch", "transformers"), f"{ours['rows']} rows",
         f"{BATCH} a step", "one epoch", f"{ours['tokens']:,} tokens",
         f"data {Path(arguments.data or DIALOGUES.name).name}", f"seed {arguments.seed}",
         f"fastest of {arguments.repeats}",
@@ -86,13 +90,13 @@ def _table(arguments: argparse.Namespace, runs: dict[str, list[Run]]) -> str:
 
 def _contend(arguments: argparse.Namespace) -> Run:
     """One contender's training in this process."""
-    compute = resolve_compute("cpu", arguments.dtype)
+    compute = resolve_compute(arguments.device, arguments.dtype)
     dtype = str(compute.dtype)[6:]
     with tempfile.TemporaryDirectory() as folder:
         learn, held = _rows(arguments)
         tokenizer = load_tokenizer(arguments.model)
         tokens = _count(tokenizer, learn)
-        config = ModelConfig.model_validate({"device": "cpu", "dtype": dtype})
+        config = ModelConfig.model_validate({"device": arguments.device, "dtype": dtype})
         train = {"reward": _reward, "sft": _sft}[arguments.stage]
         work = Path(folder)
         if arguments.contender == "ppomax":
@@ -100,7 +104,7 @@ def _contend(arguments: argparse.Namespace) -> Run:
         else:
             theirs = {"reward": _trl_reward, "sft": _trl_sft}[arguments.stage]
             seconds = theirs(arguments, learn, work, tokenizer, dtype)
-        peak = peak_gib("cpu")
+        peak = peak_gib(arguments.device)
         accuracy = None
         if held:
             data = (_write(work / "heldout.jsonl", held),)
@@ -181,8 +185,8 @@ def _trl_arguments(arguments: argparse.Namespace, work: Path, dtype: str) -> dic
         "output_dir": str(work / "trl"), "per_device_train_batch_size": BATCH, "num_train_epochs": 1,
         "learning_rate": LEARNING_RATE[arguments.stage], "lr_scheduler_type": "cosine", "warmup_steps": WARMUP,
         "adam_beta2": 0.95, "max_length": arguments.max_length, "gradient_checkpointing": False, "report_to": [],
-        "bf16": dtype == "bfloat16", "use_cpu": True, "seed": arguments.seed, "save_strategy": "no",
-        "disable_tqdm": True, "logging_steps": 10**9,
+        "bf16": dtype == "bfloat16", "use_cpu": arguments.device == "cpu", "seed": arguments.seed,
+        "save_strategy": "no", "disable_tqdm": True, "logging_steps": 10**9,
     }  # fmt: skip
 
 

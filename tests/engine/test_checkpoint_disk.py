@@ -39,7 +39,7 @@ for turn in range(60):
     if pid == 0:
         for n in range(last + 1, 10**6):
             save_checkpoint(folder, f"iteration-{n}", {"w": torch.full((300_000,), n)}, {"n": n}, keep=1)
-    time.sleep(random.uniform(0.05, 0.3))
+    time.sleep(random.uniform(0.05, 0.3) * (1 + turn / 12))  # where saving takes long, later turns save something
     os.kill(pid, signal.SIGKILL)
     assert os.waitpid(pid, 0)[1] == signal.SIGKILL  # the writer itself had not failed
     path, problems = latest_checkpoint(folder)

@@ -54,6 +54,16 @@ def test_an_interrupted_making_is_not_taken_for_a_model(tmp_path: Path, monkeypa
     assert folder is not None and (folder / "config.json").exists()
 
 
+def test_the_real_models_tokenizer_is_the_one_of_its_file() -> None:
+    """Whatever the installed transformers would make of the file."""
+    tokenizer = load_tokenizer("smollm2-135m")
+    text = "Hello there<|im_end|>▁x <repo_name> 你好 12"
+    ids = [19556, 665, 2, 11007, 219, 104, 216, 3, 216, 18645, 250, 48392, 138, 216, 33, 34]
+    assert tokenizer(text)["input_ids"] == ids and tokenizer.decode(ids) == text
+    assert len(tokenizer) == 49152 and tokenizer.pad_token == tokenizer.eos_token == "<|im_end|>"
+    assert tokenizer.decode(ids, skip_special_tokens=True) == text.replace("<|im_end|>", "").replace("<repo_name>", "")
+
+
 def test_tokenizer_and_model_fit(tiny_model: torch.nn.Module, tiny_tokenizer: object) -> None:
     assert len(tiny_tokenizer) == tiny_model.config.vocab_size == 259
     assert tiny_tokenizer.pad_token_id == tiny_tokenizer.eos_token_id == 2

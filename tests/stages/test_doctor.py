@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from ppomax import __version__
 from ppomax.cli import main
@@ -33,7 +33,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_findings_are_those_of_this_machine(cache: Path) -> None:
     found = doctor(DoctorConfig())
     versions = {package["name"]: package["version"] for package in found["packages"]}
-    assert versions["ppomax"] == __version__ and versions["torch"] == torch.__version__
+    assert versions["ppomax"] == __version__ and versions["torch"] == version("torch")
     assert {*OPTIONAL} <= {*versions}
     numbers = found["numbers"]
     assert numbers["dtype"] == str(resolve_compute("auto", "auto").dtype).removeprefix("torch.")
@@ -47,8 +47,8 @@ def test_findings_are_those_of_this_machine(cache: Path) -> None:
 
 
 def test_a_converted_model_is_seen(cache: Path) -> None:
-    (cache / "smollm2-135m-v1").mkdir(parents=True)
-    (cache / "smollm2-135m-v1" / "config.json").write_text("{}")
+    (cache / "smollm2-135m-v2").mkdir(parents=True)
+    (cache / "smollm2-135m-v2" / "config.json").write_text("{}")
     found = doctor(DoctorConfig())
     assert found["machine"]["smollm2-135m"] == f"converted ({cache})"
     assert not any("smollm2" in concern for concern in found["concerns"])

@@ -43,20 +43,22 @@ def is_first() -> bool:
 
 
 @contextmanager
-def joined(*, minutes: float) -> Iterator[None]:
+def joined(*, minutes: float, device: str = "auto") -> Iterator[None]:
     """The processes that the launcher started, connected for the time of a block.
 
-    Whatever waits for another process waits `minutes` at most. On GPUs every process of a machine has its own.
+    Whatever waits for another process waits `minutes` at most. On GPUs every process of a machine has its own; device:
+    as in the settings, cpu leaves GPUs alone.
     """
     if started() == 1 or size() > 1:
         yield
         return
-    if torch.cuda.is_available():
+    on_gpus = device != "cpu" and torch.cuda.is_available()
+    if on_gpus:
         local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if local >= gpus:
             raise SetupError(f"process {local} of this machine: found {gpus} GPUs, expected one for each process")
         torch.cuda.set_device(local)
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
     dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
     try:
         yield

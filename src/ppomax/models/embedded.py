@@ -6,12 +6,13 @@ import importlib.util
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ppomax.data.chat import CHATML
 from ppomax.types import SetupError
@@ -30,7 +31,7 @@ def embedded_directory(name: str) -> Path | None:
     makers = {"smollm2-135m": _convert_smollm2, "tiny": _make_tiny}
     if name not in makers:
         return None
-    folder = cache_directory() / f"{name}-v1"
+    folder = cache_directory() / f"{name}-v2"
     if not (folder / "config.json").exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{name}-"))
@@ -58,7 +59,7 @@ def _convert_smollm2(folder: Path) -> None:
         )
     try:
         quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
+        tokenizer = _tokenizer_of(source / GGUF)
     except ImportError as error:
         raise SetupError(f"smollm2-135m: {error}. Run: pip install gguf accelerate") from None
     # A model loaded from a quantised file refuses save_pretrained: move the state into a fresh one.
@@ -68,7 +69,6 @@ def _convert_smollm2(folder: Path) -> None:
     model = LlamaForCausalLM(LlamaConfig(**settings))
     model.load_state_dict({k: v.float() for k, v in quantised.state_dict().items()})
     model.bfloat16().save_pretrained(folder)
-    tokenizer.chat_template = CHATML
     tokenizer.save_pretrained(folder)
 
 
@@ -76,17 +76,9 @@ def _make_tiny(folder: Path) -> None:
     """A random Llama of 2 layers × 32 units over bytes: trains in seconds, speaks nothing."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    vocabulary = {token: i for i, token in enumerate(specials + alphabet)}
-    tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>",
-        unk_token="<|endoftext|>",
-    )  # fmt: skip
-    fast.chat_template = CHATML
+    tokenizer = _byte_tokenizer(specials + alphabet, [])
     config = LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=2,
         tie_word_embeddings=True,
     )  # fmt: skip
@@ -95,4 +87,29 @@ def _make_tiny(folder: Path) -> None:
         torch.manual_seed(0)
         model = LlamaForCausalLM(config)
     model.save_pretrained(folder)
-    fast.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def _tokenizer_of(file: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer that a GGUF file describes; what transformers makes of one differs from version to version."""
+    from gguf import GGUFReader, TokenType
+
+    fields = GGUFReader(file).fields
+    tokens, merges, kinds = (fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "merges", "token_type"))
+    tokenizer = _byte_tokenizer(tokens, [tuple(merge.split(" ")) for merge in merges])
+    special = [token for token, kind in zip(tokens, kinds, strict=True) if kind == TokenType.CONTROL]
+    tokenizer.backend_tokenizer.add_special_tokens(special)
+    return tokenizer
+
+
+def _byte_tokenizer(tokens: Sequence[str], merges: list[tuple[str, str]]) -> PreTrainedTokenizerFast:
+    """Byte-pair encoding with the template and the special tokens of both models."""
+    tokenizer = Tokenizer(BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+    )  # fmt: skip
+    fast.chat_template = CHATML
+    return fast

@@ -15,9 +15,9 @@ from ppomax.models.flops import has_experts
 from ppomax.models.load import UNREADABLE, model_directory
 from ppomax.types import SetupError
 
-_Sizes = tuple[int, int, int, int, int, int, bool]
+Sizes = tuple[int, int, int, int, int, int, bool]
 # hidden, layers, heads, key/value heads, intermediate, vocabulary, tied: of published Llama-like models.
-KNOWN: dict[str, tuple[str, _Sizes]] = {
+KNOWN: dict[str, tuple[str, Sizes]] = {
     "135m": ("SmolLM2-135M", (576, 30, 9, 3, 1536, 49152, True)),
     "360m": ("SmolLM2-360M", (960, 32, 15, 5, 2560, 49152, True)),
     "1.1b": ("TinyLlama-1.1B", (2048, 22, 32, 4, 5632, 32000, False)),
@@ -99,15 +99,19 @@ def shape_sized(text: str, parameters: float) -> Shape:
     """The shape of a published model of that size or, for other sizes, one between its neighbours."""
     known = KNOWN.get(text.strip().lower())
     name, sizes = known if known is not None else (f"{text} (interpolated)", between(parameters))
+    return shape_of(llama_config(sizes), name)
+
+
+def llama_config(sizes: Sizes, **more: Any) -> LlamaConfig:
+    """The configuration of a Llama of these sizes."""
     hidden, layers, heads, kv_heads, intermediate, vocabulary, tied = sizes
-    config = LlamaConfig(
+    return LlamaConfig(
         hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
-        intermediate_size=intermediate, vocab_size=vocabulary, tie_word_embeddings=tied,
+        intermediate_size=intermediate, vocab_size=vocabulary, tie_word_embeddings=tied, **more,
     )  # fmt: skip
-    return shape_of(config, name)
 
 
-def between(parameters: float) -> _Sizes:
+def between(parameters: float) -> Sizes:
     """Sizes for a number of parameters: proportions of the nearest published model, depth between two neighbours.
 
     The width H solves L·(2 + 2κ + 3ρ)·H² + v·V·H = parameters, with κ = kv heads / heads, ρ = intermediate / H and
@@ -136,7 +140,7 @@ def between(parameters: float) -> _Sizes:
     return hidden, layers, new_kv_heads * groups, new_kv_heads, wide, vocabulary, tied
 
 
-def _count(sizes: _Sizes) -> float:
+def _count(sizes: Sizes) -> float:
     hidden, layers, heads, kv_heads, intermediate, vocabulary, tied = sizes
     layer = (2 + 2 * kv_heads / heads) * hidden**2 + 3 * hidden * intermediate + 2 * hidden
     return layers * layer + (1 if tied else 2) * vocabulary * hidden + hidden

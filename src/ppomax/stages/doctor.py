@@ -134,7 +134,7 @@ def _numbers(compute: Compute) -> dict[str, Any]:
         "memory_total": memory_total(),
         "memory_available": min(memory.available, limit - used),
         "disk_free": {str(path): free_bytes(path) for path in (cache_directory(), Path.cwd())},
-        "smollm2_converted": (cache_directory() / "smollm2-135m-v1" / "config.json").exists(),
+        "smollm2_converted": (cache_directory() / "smollm2-135m-v2" / "config.json").exists(),
     }
 
 

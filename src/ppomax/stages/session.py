@@ -314,7 +314,7 @@ def session(verb: str, config: TrainingConfig, *, unit: str, resume: bool, fresh
     """Open the run directory and watch for Ctrl-C and SIGTERM: the first asks for a save, a second stops at once."""
     minutes = config.compute.wait_minutes
     with (
-        world.joined(minutes=minutes),
+        world.joined(minutes=minutes, device=config.compute.device),
         opened_run(config.run_dir, verb=verb, config=config, resume=resume, fresh=fresh, ignore=NEUTRAL) as run,
     ):
         if config.save.background and world.size() > 1:

@@ -1,0 +1,155 @@
+"""Where the seconds and the memory of a PPO iteration go, by part, and what `ppomax plan` says of both beforehand.
+
+    python -m bench.breakdown --size 1.7b --rows 128 --new-tokens 128        # the GPU if there is one
+    python -m bench.breakdown --size 7b --layout lora --profile build/profile.txt
+
+Four players of a published size with random weights (they change no time), prompts of one length, responses up to their
+limit. It is the real `ppo` stage; the last iteration is shown, its numbers are those of metrics.jsonl. Memory is the
+peak of what torch allocated on a GPU. Nothing is saved: checkpoints are several times as large as the weights and
+change no iteration. --profile writes which operations the last update was made of.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import string
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaForCausalLM
+
+import ppomax
+from bench.common import processor, table, versions
+from ppomax.data.chat import render_prompt
+from ppomax.models.load import Compute, export, export_scalar, load_scalar_lm, load_tokenizer
+from ppomax.models.shapes import KNOWN, llama_config
+from ppomax.monitor.log import read_metrics
+from ppomax.stages import ppo as stage
+from ppomax.stages.session import Session
+from ppomax.types import Message
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "full": {}, "checkpointing": {"gradient_checkpointing": True}, "compiled": {"compiled": True},
+    "lora": {"lora_rank": 16}, "lora checkpointing": {"lora_rank": 16, "gradient_checkpointing": True},
+}  # fmt: skip
+
+
+def main() -> None:
+    """Run the layouts one after the other and print a table each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="1.7b", choices=KNOWN)
+    parser.add_argument("--layout", nargs="+", default=["full"], choices=LAYOUTS)
+    parser.add_argument("--rows", type=int, default=128)
+    parser.add_argument("--minibatch", type=int, default=32)
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--new-tokens", type=int, default=128)
+    parser.add_argument("--tokens-per-microbatch", type=int, default=8192)
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
+    parser.add_argument("--iterations", type=int, default=3)
+    parser.add_argument("--profile", type=Path, help="a file for the operations of the last update")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    where = torch.cuda.get_device_name() if device.type == "cuda" else processor()
+    print(
+        f"{where}, {options.dtype}, {versions('ppomax', 'torch', 'transformers')}: {options.size}, {options.rows} rows "
+        f"of {options.prompt_tokens} + {options.new_tokens} tokens, minibatches of {options.minibatch}, microbatches "
+        f"of {options.tokens_per_microbatch} tokens\n"
+    )
+    with tempfile.TemporaryDirectory(prefix="ppomax-breakdown-") as folder:
+        work = Path(folder)
+        settings = _prepare(options, work, device)
+        for layout in options.layout:
+            print(_run(layout, {**settings, "run_dir": work / layout.replace(" ", "-")}, options, device), flush=True)
+
+
+def _prepare(options: argparse.Namespace, work: Path, device: torch.device) -> dict[str, Any]:
+    """Make the models and the prompts; the settings that all layouts have."""
+    tokenizer = load_tokenizer("tiny")
+    with device:
+        model = LlamaForCausalLM(llama_config(KNOWN[options.size][1], eos_token_id=2, pad_token_id=2))
+    export(model.to(torch.bfloat16), tokenizer, work / "policy")
+    del model
+    scalar = load_scalar_lm(str(work / "policy"), Compute(device, torch.bfloat16), fresh_head_seed=0)
+    export_scalar(scalar, tokenizer, work / "reward")
+    rows = [{"prompt": text} for text in _prompts(tokenizer, options.rows, options.prompt_tokens)]
+    (work / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return {
+        "policy": str(work / "policy"), "reward": (str(work / "reward"),), "prompts": (str(work / "prompts.jsonl"),),
+        "iterations": options.iterations, "rollout_batch": options.rows, "minibatch": options.minibatch,
+        "max_prompt_tokens": options.prompt_tokens, "critic": {"pretrain_iterations": 0}, "save": {"every": 10**9},
+        "sampling": {"max_new_tokens": options.new_tokens, "max_rows": options.rows},
+    }  # fmt: skip
+
+
+def _prompts(tokenizer: Any, count: int, tokens: int) -> list[str]:
+    """Distinct prompts of `tokens` tokens each, the template's included; the tokenizer's tokens are bytes."""
+    empty = len(render_prompt(tokenizer, [Message(role="user", content="")]))
+    texts = [f"{number:05d} {string.ascii_lowercase * (tokens // 26 + 1)}"[: tokens - empty] for number in range(count)]
+    assert {len(render_prompt(tokenizer, [Message(role="user", content=text)])) for text in texts} == {tokens}
+    return texts
+
+
+def _run(layout: str, settings: dict[str, Any], options: argparse.Namespace, device: torch.device) -> str:
+    """One layout: predicted and measured, as a table."""
+    compute = {"device": device.type, "dtype": options.dtype, "tokens_per_microbatch": options.tokens_per_microbatch}
+    config = {**settings, "compute": {**compute, **LAYOUTS[layout]}}
+    plan = ppomax.plan(ppomax.PlanConfig(**config))
+    predicted = plan["layouts"][0]["peak"] / 2**30
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    saves = mock.patch.multiple(Session, rehearse=_nothing, checkpoint=_nothing, save_model=_nothing)
+    with _profiled(options.profile), saves:
+        ppomax.ppo(ppomax.PPOConfig(**config))
+    row = read_metrics(Path(config["run_dir"]) / "metrics.jsonl")[-1]
+    parts = [key.removeprefix("seconds/") for key in row if key.startswith("seconds/") and row[key] > 0.01]
+    heading = ("part", "seconds", "planned", "TFLOP", "TFLOP/s", "of the peak", "padding")
+    rows = [
+        (
+            part, f"{row[f'seconds/{part}']:.2f}", _number(plan["seconds"], part, 1),
+            _number(row, f"flops/{part}", 1e12), _number(row, f"flops_per_second/{part}", 1e12),
+            _number(row, f"utilisation/{part}", 1), _number(row, f"padding/{part}", 1),
+        )
+        for part in sorted(parts)
+    ]  # fmt: skip
+    return f"**{layout}**: peak {row['peak_memory_gib']:.2f} GiB, planned {predicted:.2f}\n\n{table(heading, rows)}\n"
+
+
+def _nothing(*_: Any) -> None:
+    pass
+
+
+def _number(of: dict[str, float] | None, key: str, unit: float) -> str:
+    return f"{of[key] / unit:.3g}" if of and key in of else "–"
+
+
+@contextmanager
+def _profiled(file: Path | None) -> Iterator[None]:
+    """Write to a file what the last update inside was made of."""
+    if file is None:
+        yield
+        return
+
+    def watched(*given: Any, **options: Any) -> Any:
+        with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as seen:
+            result = update(*given, **options)
+        averages = seen.key_averages()
+        orders = ("self_cuda_time_total", "self_cpu_time_total")
+        file.write_text("\n".join(averages.table(sort_by=order, row_limit=30) for order in orders), encoding="utf-8")
+        return result
+
+    update = stage.update
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with mock.patch.object(stage, "update", watched):
+        yield
+
+
+if __name__ == "__main__":
+    main()
