@@ -48,7 +48,7 @@ quickstart: $(INSTALLED) ## SFT, reward model, PPO-max, evaluation of a real mod
 	@$(BIN)/ppomax quickstart $(ARGS)
 
 # Several single-threaded processes: the tests' models are too small for a second thread to help.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --ignore tests/gpu
 
 test: $(INSTALLED) ## all tests
 	@$(PYTEST) $(ARGS)
@@ -59,7 +59,8 @@ test-fast: $(INSTALLED) ## all tests but the slow ones
 test-faults: $(INSTALLED) ## runs that are killed dozens of times and go on exactly; minutes
 	@$(PYTEST) -m faults -rP --durations 5 tests/faults $(ARGS)
 
-test-gpu: $(INSTALLED) ## what only an NVIDIA GPU can show: minutes; without a GPU nothing is collected
+test-gpu: $(INSTALLED) ## what only an NVIDIA GPU can show: minutes
+	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("test-gpu: found no CUDA device that torch can use")'
 	@$(BIN)/python -m pytest tests/gpu --durations 5 $(ARGS)
 
 # The tests of random state import torch and transformers, seconds that belong to `make test`.

@@ -105,7 +105,7 @@ def our_config(
     """The real `ppo` stage with the settings that both sides have."""
     layers = AutoConfig.from_pretrained(model_directory(arguments.model)).num_hidden_layers
     layouts = {"full": {}, "lora": {"lora_rank": LORA_RANK}, "trunk": {"train_layers": max(layers // 3, 1)}}
-    # On a GPU whole minibatches, as TRL reads them on either.
+    # On a GPU minibatches of up to so many tokens are read whole, as TRL reads them on either.
     budget = {"tokens_per_microbatch": 32768} if arguments.device == "cuda" else {}
     optim = {"lr": LEARNING_RATE, "betas": BETAS, "warmup": 0.0, "schedule": "constant"}
     values = {
@@ -120,7 +120,7 @@ def our_config(
         "clip_ratio": CLIP,
         "whiten_advantages": True,
         "kl": {"coefficient": KL},
-        "sampling": {"max_new_tokens": workload.new_tokens},
+        "sampling": {"max_new_tokens": workload.new_tokens, "max_rows": workload.rows},
         "optim": optim,
         "critic": {"init": "reward", "value_clip": CLIP, "optim": optim},
         "compute": {"device": arguments.device, "dtype": contender.precision, **budget, **layouts[contender.layout]},

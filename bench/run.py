@@ -3,7 +3,7 @@
     make bench                                                 # both workloads, every precision that is fast here
     make bench ARGS="--precision float32 --data hh.jsonl.gz"   # realistic prompts from a file of pairs or dialogues
     make bench ARGS=--quick                                    # the model `tiny`, a minute or two: tries the script
-    make bench ARGS="--ours-only --workloads --scaling"        # our seconds by tokens alone
+    make bench ARGS="--ours-only --workloads --scaling"        # our seconds by tokens alone, and a picture of them
 
 Contenders run in turn, each in a process of its own; the fastest repetition counts, and the spread is shown (layouts
 that train less than everything run once). Whether the work was equal is counted: where it was not, the file says so
@@ -100,6 +100,7 @@ def _bench(arguments: argparse.Namespace, known: dict[str, Workload], work: str)
         given = [*sys.argv[1:], "--work", work, "--workload", workload]
         return in_turn("bench.run", {name: [*given, "--contender", name] for name in names}, repeats)
 
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
     machine = turns(["prepare"])["prepare"][0]
     precisions = arguments.precision or PRECISIONS[: 3 if machine["bfloat16"] else 1]
     dtypes = list(dict.fromkeys(OUR_PRECISION[p] for p in precisions))
@@ -107,7 +108,6 @@ def _bench(arguments: argparse.Namespace, known: dict[str, Workload], work: str)
 
     def write(section: str) -> None:
         sections.append(section)
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
 
     for name in arguments.workloads:
@@ -123,7 +123,9 @@ def _bench(arguments: argparse.Namespace, known: dict[str, Workload], work: str)
     scales = [workload for name, workload in known.items() if name not in ("fixed", "realistic")]
     if scales:
         ours = str(Contender("ppomax", dtypes[0]))
-        write(tables.scaling_section({one: turns([ours], 1, one.name)[ours][0] for one in scales}))
+        runs = {one: turns([ours], 1, one.name)[ours][0] for one in scales}
+        picture = tables.scaling_picture(runs, arguments.out.with_name(f"{arguments.out.stem}-scaling.svg"))
+        write(tables.scaling_section(runs) + f"\n\n{picture}")
     return wrong
 
 

@@ -1,8 +1,9 @@
-"""What `make bench` writes: Markdown from the measurements, and whether the work was equal."""
+"""What `make bench` writes: Markdown and a picture of the measurements, and whether the work was equal."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from statistics import mean
 
 from bench.common import Run, spread, table
@@ -79,6 +80,23 @@ def scaling_section(runs: Mapping[Workload, Run]) -> str:
         ])  # fmt: skip
     head = ("tokens generated", "responses", "minibatches", "s / iteration", "s / 1,000 tokens", "peak GiB")
     return "\n\n".join(["## ppomax by size of the iteration", table(head, rows)])
+
+
+def scaling_picture(runs: Mapping[Workload, Run], file: Path) -> str:
+    """Draw the same as points, with what would be proportional to the tokens; returns the Markdown that shows it."""
+    from matplotlib.figure import Figure
+
+    points = sorted((mean(_measured(run, "generated")), mean(_measured(run, "seconds"))) for run in runs.values())
+    tokens, seconds = zip(*points, strict=True)
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.loglog(tokens, seconds, "o-", label="measured")
+    most = max(points)
+    axes.loglog(tokens, [most[1] * n / most[0] for n in tokens], "--", color="grey", label="proportional to tokens")
+    axes.set(xlabel="generated tokens of an iteration", ylabel="seconds of an iteration")
+    axes.legend()
+    figure.savefig(file, metadata={"Date": None})
+    return f"![seconds of an iteration by tokens]({file.name})"
 
 
 def _measured(run: Run, name: str) -> list[float]:

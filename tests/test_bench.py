@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from bench.plan import Contender, Workload, contenders, workloads
-from bench.tables import fastest, ppo_section, scaling_section, unequal
+from bench.tables import fastest, ppo_section, scaling_picture, scaling_section, unequal
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS, THEIRS = Contender("ppomax", "float32"), Contender("TRL", "float32")
@@ -79,12 +79,15 @@ def test_without_a_gpu_its_benchmark_says_so() -> None:
     assert done.stderr.startswith("bench.gpu: found no CUDA device that torch can use, expected one; `make bench`")
 
 
-def test_an_iteration_grows_by_its_rows_and_its_minibatches() -> None:
+def test_an_iteration_grows_by_its_rows_and_its_minibatches(tmp_path: Path) -> None:
     scaled = [w for w in workloads(32, 64, (0.5, 2, 8)).values() if w.name not in ("fixed", "realistic")]
     sizes = [(w.rows * w.new_tokens, w.rows, w.minibatches, w.rows // w.minibatches) for w in scaled]
     assert sizes == [(1024, 16, 2, 8), (4096, 64, 8, 8), (16384, 256, 32, 8)]
     # 3 s for 1,024 tokens: 2.93 s for 1,000.
-    assert "| 1,024 | 16 | 2 | 3.0 | 2.93 | 2.00 |" in scaling_section({scaled[0]: run(3.0, generated=1024)})
+    runs = {scaled[0]: run(3.0, generated=1024), scaled[1]: run(13.0, generated=4096)}
+    assert "| 1,024 | 16 | 2 | 3.0 | 2.93 | 2.00 |" in scaling_section(runs)
+    assert scaling_picture(runs, tmp_path / "scaling.svg") == "![seconds of an iteration by tokens](scaling.svg)"
+    assert "<svg" in (tmp_path / "scaling.svg").read_text()
 
 
 @pytest.mark.slow

@@ -219,12 +219,12 @@ class TokenBatch:
         if B and (int(self.prompt_length_B.min()) < 1 or int(self.length_B.max()) > T):
             raise ValueError(f"prompt_length_B must be ≥ 1 and length_B ≤ {T}")
 
-    @property
+    @cached_property
     def response_width(self) -> int:
         """R: the longest response of the batch."""
         return max(int((self.length_B - self.prompt_length_B).max()), 1)
 
-    @property
+    @cached_property
     def mask_BR(self) -> Tensor:
         """Bool [B, R]: the response tokens that exist."""
         return length_mask(self.length_B - self.prompt_length_B, self.response_width)

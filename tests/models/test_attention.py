@@ -104,8 +104,17 @@ def test_bfloat16_softmax_is_taken_in_float32() -> None:
 
 
 def test_the_implementation_depends_on_the_device() -> None:
-    torch.backends.cuda.enable_cudnn_sdp(True)
     assert attention_for(torch.device("cuda")) == "sdpa"
-    assert not torch.backends.cuda.cudnn_sdp_enabled()  # a plan for every shape
     assert attention_for(torch.device("cpu")) == module.NAME
     assert attention_for(torch.device("cpu")) == module.NAME  # registering twice is harmless
+
+
+def test_on_a_gpu_no_kernel_needs_a_plan_for_every_shape() -> None:
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    try:
+        for device, left in (("cpu", True), ("cuda", False)):
+            torch.backends.cuda.enable_cudnn_sdp(True)
+            module.without_plans(torch.device(device))
+            assert torch.backends.cuda.cudnn_sdp_enabled() == left
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)

@@ -1,7 +1,8 @@
-"""The embedded `tiny` model: made once, the same every time, small."""
+"""The embedded models: `tiny`, made once, the same every time, small; and the tokenizer of the real one."""
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from models.architectures import FLOAT32, reloaded
 from ppomax.data.chat import render_prompt, render_response
-from ppomax.models.embedded import cache_directory, embedded_directory
+from ppomax.models.embedded import GGUF, WHEEL, cache_directory, embedded_directory, smollm2_tokenizer
 from ppomax.models.load import load_causal_lm, load_tokenizer
 from ppomax.types import Message
 
@@ -55,10 +56,12 @@ def test_an_interrupted_making_is_not_taken_for_a_model(tmp_path: Path, monkeypa
 
 
 def test_the_real_models_tokenizer_is_the_one_of_its_file() -> None:
-    """Whatever the installed transformers would make of the file."""
-    tokenizer = load_tokenizer("smollm2-135m")
-    text = "Hello there<|im_end|>▁x <repo_name> 你好 12"
-    ids = [19556, 665, 2, 11007, 219, 104, 216, 3, 216, 18645, 250, 48392, 138, 216, 33, 34]
+    """Whatever the installed transformers would make of the file. Digits stand alone, so that line feeds go together."""
+    spec = importlib.util.find_spec(WHEEL)
+    assert spec is not None and spec.origin is not None
+    tokenizer = smollm2_tokenizer(Path(spec.origin).parent / GGUF)
+    text = "Hello there<|im_end|>▁x <repo_name> 你好 12\n\n3"
+    ids = [19556, 665, 2, 11007, 219, 104, 216, 3, 216, 18645, 250, 48392, 138, 216, 33, 34, 1116, 35]
     assert tokenizer(text)["input_ids"] == ids and tokenizer.decode(ids) == text
     assert len(tokenizer) == 49152 and tokenizer.pad_token == tokenizer.eos_token == "<|im_end|>"
     assert tokenizer.decode(ids, skip_special_tokens=True) == text.replace("<|im_end|>", "").replace("<repo_name>", "")

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import signal
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,17 +68,24 @@ def worker(rank: int, folder: str, jobs: list[tuple[Any, dict[str, bool]]]) -> N
     dist.destroy_process_group()
 
 
-def run_in_two(folder: Path, jobs: list[tuple[Any, dict[str, bool]]]) -> None:
-    """All runs by two processes; a failure of either is an error that quotes it."""
+def run_in_two(
+    folder: Path, jobs: Sequence[tuple[Any, Any]], work: Callable[..., None] = worker, start: str = "forkserver"
+) -> None:
+    """All runs by two processes; a failure of either is an error that quotes it.
+
+    work: what each process does, given its number, the folder and the jobs. start: multiprocessing's start method.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    context = multiprocessing.get_context("forkserver")
-    processes = [context.Process(target=worker, args=(r, str(folder), jobs), daemon=True) for r in range(WORLD)]
+    context = multiprocessing.get_context(start)
+    processes = [context.Process(target=work, args=(r, str(folder), jobs), daemon=True) for r in range(WORLD)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(1000)
-        if process.is_alive():
-            process.kill()
+    slow = [process.pid for process in processes if process.is_alive()]
+    for process in processes:
+        process.kill()
     failures = [file.read_text() for file in sorted(folder.glob("failed-*.txt"))]
     assert not failures, failures[0]
+    assert not slow, f"processes {slow} were still running after 1000 seconds"
     assert [process.exitcode for process in processes] == [0, 0]

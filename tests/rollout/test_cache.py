@@ -11,7 +11,15 @@ from torch import Tensor
 from transformers import Cache, DynamicCache
 
 from ppomax.models.players import Policy
-from ppomax.rollout.cache import PreallocatedLayer, forget_columns, keep_rows, preallocated_cache, take_in, without
+from ppomax.rollout.cache import (
+    PreallocatedLayer,
+    forget_columns,
+    keep_rows,
+    layers_of,
+    preallocated_cache,
+    take_in,
+    without,
+)
 
 TOLERANCE = 1e-5
 WIDTH, STEPS = 9, 6
@@ -90,7 +98,7 @@ def test_decoding_with_the_cache_is_the_full_forward(player: Policy, source: lis
 @pytest.mark.parametrize("chosen", [[2, 0], [1], [3, 2, 1, 0]])
 def test_rows_may_be_dropped_and_reordered(player: Policy, chosen: list[int]) -> None:
     cache, rows, start_B, _ = prefilled(player, [0, 1, 2, 3])
-    keep_rows(cache, torch.tensor(chosen))
+    keep_rows(cache, chosen)
     expect_steps(player, cache, [rows[i] for i in chosen], start_B[chosen], WIDTH, steps=3)
 
 
@@ -98,7 +106,7 @@ def test_rows_may_be_dropped_and_reordered(player: Policy, chosen: list[int]) ->
 def test_rows_come_in_while_others_are_decoded_and_columns_without_a_row_go(player: Policy) -> None:
     cache, rows, start_B, _ = prefilled(player, [0, 1, 2, 3])
     expect_steps(player, cache, rows, start_B, WIDTH, steps=2)
-    keep_rows(cache, torch.tensor([1, 3]))  # rows of 4 and 1 tokens, two more by now
+    keep_rows(cache, [1, 3])  # rows of 4 and 1 tokens, two more by now
     rows, start_B, column = [rows[1], rows[3]], start_B[[1, 3]], WIDTH + 2
     ids = torch.tensor([[9, 8, 7], [6, 6, 5]])
     mask, new = torch.tensor([[1, 1, 1], [0, 1, 1]]), DynamicCache()
@@ -112,7 +120,7 @@ def test_rows_come_in_while_others_are_decoded_and_columns_without_a_row_go(play
     forget_columns(cache, free)
     expect_steps(player, cache, rows, start_B - free, column + 3 - free, steps=5)
     # When all have gone, the next ones begin at the left again.
-    keep_rows(cache, torch.tensor([], dtype=torch.long))
+    keep_rows(cache, [])
     take_in(cache, new, torch.tensor([0]), 3)
     expect_steps(player, cache, [[9, 8, 7]], torch.tensor([0]), 3, steps=4)
 
@@ -156,10 +164,11 @@ def test_the_rows_that_stay_are_those_that_were_not_dropped(count: int, dropped:
 
 
 def test_rows_that_stay_are_not_copied() -> None:
-    layer = PreallocatedLayer(rows=4, capacity=3)
+    cache = preallocated_cache(1, rows=4, capacity=3)
+    layer = layers_of(cache)[0]
     x = torch.arange(24.0).view(4, 1, 3, 2)
     layer.take_in(x, -x, torch.arange(4), 3)
     memory = layer.keys.data_ptr()
-    layer.keep(torch.tensor(without(4, [1])))
+    keep_rows(cache, without(4, [1]))
     assert layer.keys.data_ptr() == memory and torch.equal(layer.keys[:3], x[[0, 3, 2]])
     assert torch.equal(layer.values[:3], -x[[0, 3, 2]])

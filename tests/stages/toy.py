@@ -272,6 +272,24 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return max(float((a[k] - b[k]).norm() / a[k].norm().clamp(min=1e-12)) for k in a)
 
 
+# Differences of numbers that are 0 but for rounding say nothing, and every process has its own padding.
+ROUNDING = ("behaviour_gap", "approx_kl", "grad_norm", "skipped", "padding")
+
+
+def expect_alike(one: Path, other: Path, *, rel: float, abs: float, but: tuple[str, ...] = ROUNDING) -> None:
+    """Metrics (those that begin like one of `but` aside) and exported weights of two runs, to rounding."""
+    rows, others = metrics(one), metrics(other)
+    assert len(rows) == len(others)
+    for row, found in zip(rows, others, strict=True):
+        assert row.keys() == found.keys()
+        for key, value in row.items():
+            if isinstance(value, float) and not key.startswith(but):
+                assert found[key] == pytest.approx(value, rel=rel, abs=abs), key
+    for folder in ("final", "critic", "last"):
+        if (one / folder).exists():
+            assert distance(weights(one / folder), weights(other / folder)) < rel, folder
+
+
 def file_hashes(folder: Path) -> dict[str, str]:
     """SHA-256 of every file below a folder but the locks, which hold a process id."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != ".lock"]

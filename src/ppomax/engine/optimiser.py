@@ -90,11 +90,16 @@ class Optimiser:
             for group in self.adamw.param_groups:
                 group["lr"] = lr
             self.adamw.step()
-            for name, parameter in self.parameters.items():
-                if self.masters[name] is not parameter:
-                    parameter.copy_(self.masters[name])
+            self._follow()
         self.zero_grad()
         return norm
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        """The model's weights become the masters, rounded to what the model computes in."""
+        rounded = [name for name, parameter in self.parameters.items() if self.masters[name] is not parameter]
+        if rounded:
+            torch._foreach_copy_([self.parameters[n] for n in rounded], [self.masters[n] for n in rounded])
 
     def _sum_over_processes(self) -> None:
         """Where every process has all masters, each has found the gradient of its own rows; shards are sums already."""
@@ -139,14 +144,13 @@ class Optimiser:
         """Put back what `state_tensors` gave; the model's weights follow the masters."""
         for name, master in self.masters.items():
             master.copy_(tensors[f"master.{name}"])
-            if self.masters[name] is not self.parameters[name]:
-                self.parameters[name].copy_(master)
             moments = {key: f"{key}.{name}" for key in ("step", "exp_avg", "exp_avg_sq")}
             self.adamw.state.pop(master, None)
             if moments["exp_avg"] in tensors:
                 self.adamw.state[master] = {
                     key: tensors[full].to(master.device, copy=True) for key, full in moments.items()
                 }
+        self._follow()
 
 
 def _is_decayed(name: str, tensor: Tensor) -> bool:

@@ -56,7 +56,10 @@ def joined(*, minutes: float, device: str = "auto") -> Iterator[None]:
     if on_gpus:
         local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
         if local >= gpus:
-            raise SetupError(f"process {local} of this machine: found {gpus} GPUs, expected one for each process")
+            raise SetupError(
+                f"process {local} of this machine: found {gpus} GPUs, expected one for each process; start fewer, or "
+                "compute on the processor (--compute.device cpu)"
+            )
         torch.cuda.set_device(local)
     backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
     dist.init_process_group(backend, timeout=timedelta(minutes=minutes))

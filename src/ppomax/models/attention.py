@@ -133,12 +133,17 @@ def _layer_types(base: Any) -> list[str]:
 
 def attention_for(device: torch.device) -> str:
     """The name of the attention implementation that is fastest on a device."""
-    if device.type == "cuda":
-        # cuDNN's attention builds a plan for every new shape, which takes a tenth of a second and more; here nearly
-        # every batch, and every token that is decoded, has its own. PyTorch's other kernels need no plans.
-        torch.backends.cuda.enable_cudnn_sdp(False)
     if device.type != "cpu":
         return "sdpa"
     AttentionInterface.register(NAME, folded_attention)
     AttentionMaskInterface.register(NAME, eager_mask)
     return NAME
+
+
+def without_plans(device: torch.device) -> None:
+    """Take cuDNN out of PyTorch's choice of attention kernels on GPUs, for this whole process.
+
+    It builds a plan for every new shape, and here nearly every batch, and every token that is decoded, has its own.
+    """
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)

@@ -26,12 +26,17 @@ def cache_directory() -> Path:
     return Path(os.environ.get("PPOMAX_CACHE") or Path.home() / ".cache" / "ppomax")
 
 
+def cached_model(name: str) -> Path:
+    """Where an embedded model is once it has been made; the number says by which version of this module."""
+    return cache_directory() / f"{name}-v2"
+
+
 def embedded_directory(name: str) -> Path | None:
     """The local directory of an embedded model, made on first use; None if `name` is not one."""
     makers = {"smollm2-135m": _convert_smollm2, "tiny": _make_tiny}
     if name not in makers:
         return None
-    folder = cache_directory() / f"{name}-v2"
+    folder = cached_model(name)
     if not (folder / "config.json").exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{name}-"))
@@ -59,7 +64,7 @@ def _convert_smollm2(folder: Path) -> None:
         )
     try:
         quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
-        tokenizer = _tokenizer_of(source / GGUF)
+        tokenizer = smollm2_tokenizer(source / GGUF)
     except ImportError as error:
         raise SetupError(f"smollm2-135m: {error}. Run: pip install gguf accelerate") from None
     # A model loaded from a quantised file refuses save_pretrained: move the state into a fresh one.
@@ -76,7 +81,7 @@ def _make_tiny(folder: Path) -> None:
     """A random Llama of 2 layers × 32 units over bytes: trains in seconds, speaks nothing."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-    tokenizer = _byte_tokenizer(specials + alphabet, [])
+    tokenizer = _byte_tokenizer(specials + alphabet, [], pre_tokenizers.ByteLevel(add_prefix_space=False))
     config = LlamaConfig(
         vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=512, bos_token_id=1, eos_token_id=2, pad_token_id=2,
@@ -90,22 +95,30 @@ def _make_tiny(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _tokenizer_of(file: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer that a GGUF file describes; what transformers makes of one differs from version to version."""
+def smollm2_tokenizer(file: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer that the GGUF file describes; what transformers makes of it differs from version to version.
+
+    Its kind is called smollm there: every digit stands alone before bytes are put together.
+    """
     from gguf import GGUFReader, TokenType
 
     fields = GGUFReader(file).fields
     tokens, merges, kinds = (fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "merges", "token_type"))
-    tokenizer = _byte_tokenizer(tokens, [tuple(merge.split(" ")) for merge in merges])
+    pieces = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer = _byte_tokenizer(tokens, [tuple(merge.split(" ")) for merge in merges], pieces)
     special = [token for token, kind in zip(tokens, kinds, strict=True) if kind == TokenType.CONTROL]
     tokenizer.backend_tokenizer.add_special_tokens(special)
     return tokenizer
 
 
-def _byte_tokenizer(tokens: Sequence[str], merges: list[tuple[str, str]]) -> PreTrainedTokenizerFast:
-    """Byte-pair encoding with the template and the special tokens of both models."""
+def _byte_tokenizer(
+    tokens: Sequence[str], merges: list[tuple[str, str]], pieces: pre_tokenizers.PreTokenizer
+) -> PreTrainedTokenizerFast:
+    """Byte-pair encoding within pieces of text, with the template and the special tokens of both models."""
     tokenizer = Tokenizer(BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pieces
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|im_end|>",

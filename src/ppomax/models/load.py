@@ -17,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 from ppomax.data.chat import prepare_tokenizer, render_dialogue
 from ppomax.engine import world
 from ppomax.errors import first_line
-from ppomax.models.attention import attention_for
+from ppomax.models.attention import attention_for, without_plans
 from ppomax.models.embedded import embedded_directory
 from ppomax.models.lora import ADAPTER, has_adapters, merged_state, save_adapter
 from ppomax.types import Dialogue, Message, SetupError
@@ -252,6 +252,7 @@ def context_length(model: nn.Module) -> int | None:
 def _load(auto: Any, name: str, compute: Compute, **options: Any) -> tuple[Any, dict[str, str]]:
     """A model, and which of its tensors the files do not hold, with why."""
     where = model_directory(name)
+    without_plans(compute.device)
     transformers_logging.disable_progress_bar()
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()

@@ -67,12 +67,11 @@ class PreallocatedLayer(CacheLayerMixin):
 
     get_max_cache_shape = get_max_length
 
-    def keep(self, rows: Tensor) -> None:
-        """Keep the given rows, each once, in the given order. Those that stay where they are cost nothing."""
-        moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero()[:, 0]
+    def move(self, source_N: Tensor, target_N: Tensor, count: int) -> None:
+        """Copy rows to other places; the first `count` rows are then what there is."""
         for stored in self._stored():
-            stored[moved] = stored[rows[moved]]
-        self.count = len(rows)
+            stored[target_N] = stored[source_N]
+        self.count = count
 
     def forget(self, columns: int) -> None:
         """Drop the leftmost columns, which no row uses any more."""
@@ -99,10 +98,13 @@ def take_in(cache: Cache, prefilled: Cache, source_N: Tensor, column: int) -> No
         layer.take_in(new.keys, new.values, source_N, column)
 
 
-def keep_rows(cache: Cache, rows: Tensor) -> None:
-    """Keep the given rows of every layer, in the given order."""
+def keep_rows(cache: Cache, rows: Sequence[int]) -> None:
+    """Keep the given rows of every layer, each once, in the given order. Rows that stay in place cost nothing."""
+    moved = [(source, target) for target, source in enumerate(rows) if source != target]
+    device = next(iter(layers_of(cache))).device
+    source_N, target_N = torch.tensor(moved, dtype=torch.long, device=device).reshape(-1, 2).unbind(1)
     for layer in layers_of(cache):
-        layer.keep(rows)
+        layer.move(source_N, target_N, len(rows))
 
 
 def forget_columns(cache: Cache, columns: int) -> None:

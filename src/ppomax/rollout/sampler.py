@@ -202,7 +202,7 @@ class _Batch:
         """Let rows go; returns those that stay."""
         keep = without(len(self.alive), ended)
         index = torch.tensor(keep, dtype=torch.long, device=self.start_B.device)
-        keep_rows(self.cache, index)
+        keep_rows(self.cache, keep)
         self.alive = [self.alive[row] for row in keep]
         self.start_B, self.states_BH = self.start_B[index], self.states_BH[index]
         self.history_BS = None if self.history_BS is None else self.history_BS[index]

@@ -15,7 +15,7 @@ from ppomax import __version__
 from ppomax.config import DoctorConfig
 from ppomax.engine.durable import free_bytes
 from ppomax.engine.speed import TOKENS, copy_rate, model_shapes, peak_rate, product_rate
-from ppomax.models.embedded import cache_directory
+from ppomax.models.embedded import cache_directory, cached_model
 from ppomax.models.load import Compute, load_config, resolve_compute
 from ppomax.models.shapes import KNOWN
 
@@ -134,7 +134,7 @@ def _numbers(compute: Compute) -> dict[str, Any]:
         "memory_total": memory_total(),
         "memory_available": min(memory.available, limit - used),
         "disk_free": {str(path): free_bytes(path) for path in (cache_directory(), Path.cwd())},
-        "smollm2_converted": (cache_directory() / "smollm2-135m-v2" / "config.json").exists(),
+        "smollm2_converted": (cached_model("smollm2-135m") / "config.json").exists(),
     }
 
 

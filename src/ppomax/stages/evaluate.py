@@ -91,8 +91,7 @@ def _evaluate(run: Run, config: EvaluateConfig) -> dict[str, Any]:
     with progress("evaluate", total, unit="responses") as advance:
         pool = _answer(baseline, tokenizer, prompts, ids, most, config, advance)
         after = _answer(policy, tokenizer, prompts, ids, config.samples_per_prompt, config, advance)
-    before = _take(pool, [i for i, n in enumerate(pool.rollout.sample_B.tolist()) if n < config.samples_per_prompt])
-    return _report(run, config, Systems(policy, baseline, model, judges), before, after, pool)
+    return _report(run, config, Systems(policy, baseline, model, judges), after, pool)
 
 
 def _first_of_each(prompts: Sequence[Prompt], most: int | None) -> list[int]:
@@ -175,9 +174,11 @@ def _take(answers: Answers, rows: list[int]) -> Answers:
     return Answers(answers.rollout.take(rows), [answers.texts[i] for i in rows])
 
 
-def _report(
-    run: Run, config: EvaluateConfig, systems: Systems, before: Answers, after: Answers, pool: Answers
-) -> dict[str, Any]:
+def _report(run: Run, config: EvaluateConfig, systems: Systems, after: Answers, pool: Answers) -> dict[str, Any]:
+    """Write what is found out, and return the summary. pool: the baseline's answers, those that are compared with
+    `after` and more for the best of n."""
+    compared_rows = [i for i, n in enumerate(pool.rollout.sample_B.tolist()) if n < config.samples_per_prompt]
+    before = _take(pool, compared_rows)
     groups = [prompt.key for prompt in after.rollout.prompts]
     sources = [prompt.source for prompt in after.rollout.prompts]
     nll_before, _ = _read(systems.baseline, None, before.rollout, config)
@@ -205,7 +206,7 @@ def _report(
         summary["reward"] = _compare(rewards[1], rewards[0], 0.0, groups, sources)
         summary |= {"reward_before": _mean(rewards[0]), "reward_after": _mean(rewards[1])}
     if rewards[0] is not None and systems.judges:
-        summary |= _against_pool(systems, pool, next(iter(judged[0].values())), groups, config)
+        summary |= _against_pool(systems, pool, compared_rows, rewards[0], judged[0], groups, config)
     summary = without_nan(summary)
     first = next(iter(systems.judges), None)
     rows = _sample_rows(before, after, (judged[0].get(first or ""), judged[1].get(first or "")), rewards)
@@ -218,11 +219,24 @@ def _report(
 
 
 def _against_pool(
-    systems: Systems, pool: Answers, before: Sequence[float], groups: Sequence[str], config: EvaluateConfig
-) -> dict[str, Any]:
-    """What the reward model is worth on the baseline's answers: agreement with each judge, and best-of-n."""
-    rewards, judged = systems.rewards(pool), systems.judged(pool)
-    assert rewards is not None
+    systems: Systems, pool: Answers, compared: Sequence[int], rewards_before: Sequence[float],
+    judged_before: Mapping[str, Sequence[float]], groups: Sequence[str], config: EvaluateConfig,
+) -> dict[str, Any]:  # fmt: skip
+    """What the reward model is worth on the baseline's answers: agreement with each judge, and best-of-n.
+
+    The `compared` rows of the pool are scored and judged already; the others are here.
+    """
+    others = sorted({*range(len(pool.texts))} - {*compared})
+    more = _take(pool, others) if others else None
+
+    def whole(known: Sequence[float], of_others: Sequence[float]) -> list[float]:
+        by_row = dict(zip([*compared, *others], [*known, *of_others], strict=True))
+        return [by_row[i] for i in range(len(by_row))]
+
+    rewards = whole(rewards_before, (systems.rewards(more) if more else None) or [])
+    of_others = systems.judged(more) if more else {}
+    judged = {name: whole(known, of_others.get(name, [])) for name, known in judged_before.items()}
+    before = next(iter(judged_before.values()))
     by_prompt: dict[str, list[int]] = {}
     for i, prompt in enumerate(pool.rollout.prompts):
         by_prompt.setdefault(prompt.key, []).append(i)
