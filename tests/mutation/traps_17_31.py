@@ -139,9 +139,9 @@ MUTATIONS = [
     ),
     Mutation(
         23, "masters are rounded to the model's precision", "engine/optimiser.py",
-        "                    parameter.copy_(self.masters[name])\n        self.zero_grad()\n",
-        "                    parameter.copy_(self.masters[name])\n"
-        "                    self.masters[name].copy_(parameter)\n        self.zero_grad()\n",
+        "            self._follow()\n        self.zero_grad()\n",
+        "            self._follow()\n            for name, parameter in self.parameters.items():\n"
+        "                self.masters[name].copy_(parameter)\n        self.zero_grad()\n",
         (f"{OPTIMISER}::test_trap_23_steps_below_the_precision_of_bfloat16_are_not_lost",),
     ),
     Mutation(
