@@ -18,6 +18,7 @@ from ppomax.data.chat import render_prompt
 from ppomax.data.readers import read_prompts
 from ppomax.models.load import load_causal_lm, load_tokenizer
 from ppomax.models.players import Policy
+from ppomax.rewards.model import RewardModel
 from ppomax.stages.evaluate import _answer, evaluate
 from ppomax.stages.inputs import compute_of, fitted_prompts
 from ppomax.stages.ppo import ppo
@@ -200,6 +201,29 @@ def test_two_judges_of_one_name_both_count(trained: Trained, toys: Toys, tmp_pat
         sys.path.remove(str(tmp_path))
     assert tuple(found["judges"]) == judges and found["gold"] == found["judges"][judges[0]]
     assert found["judges"][judges[1]]["tie"] == 1.0
+
+
+@pytest.mark.parametrize(("best_of", "answers"), [((), 2 + 2), ((5,), 5 + 2)])
+def test_every_answer_is_judged_and_scored_once(
+    best_of: tuple[int, ...], answers: int, trained: Trained, toys: Toys, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    judged, scored, score_rows = [], [], RewardModel.score_rows
+
+    def judge(prompts: Any, responses: list[str], **columns: Any) -> list[float]:
+        judged.extend(responses)
+        return toy.share_of_e(prompts, responses)
+
+    def score(model: RewardModel, rows: Any) -> list[float]:
+        scored.extend(rows)
+        return score_rows(model, rows)
+
+    monkeypatch.setattr("ppomax.stages.evaluate.load_function", lambda spec: judge)
+    monkeypatch.setattr(RewardModel, "score_rows", score)
+    changes = {"judge": ("stages.toy:share_of_e",), "best_of": best_of, "max_prompts": 2}
+    found = evaluate(config_of(tmp_path / "run", trained.sft, trained, toys, **changes))
+    assert len(judged) == len(scored) == found["prompts"] * answers > 0
+    assert found["reward_model"]["share_of_e"].keys() == {"accuracy", "correlation"}
 
 
 def test_the_limit_of_prompts_is_per_source(trained: Trained, toys: Toys, tmp_path: Path) -> None:
