@@ -13,7 +13,6 @@ which operations the last sampling and the last update were made of; the seconds
 from __future__ import annotations
 
 import argparse
-import json
 import string
 import tempfile
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaForCausalLM
 
 import ppomax
-from bench.common import processor, table, versions
+from bench.common import processor, table, versions, write_rows
 from ppomax.data.chat import render_prompt
 from ppomax.models.load import Compute, export, export_scalar, load_scalar_lm, load_tokenizer
 from ppomax.models.shapes import KNOWN, llama_config
@@ -86,10 +85,9 @@ def _prepare(options: argparse.Namespace, work: Path, device: torch.device) -> d
     del model
     scalar = load_scalar_lm(str(work / "policy"), Compute(device, torch.bfloat16), fresh_head_seed=0)
     export_scalar(scalar, tokenizer, work / "reward")
-    rows = [{"prompt": text} for text in _prompts(tokenizer, options)]
-    (work / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    prompts = write_rows(work / "prompts.jsonl", [{"prompt": text} for text in _prompts(tokenizer, options)])
     return {
-        "policy": str(work / "policy"), "reward": (str(work / "reward"),), "prompts": (str(work / "prompts.jsonl"),),
+        "policy": str(work / "policy"), "reward": (str(work / "reward"),), "prompts": (prompts,),
         "iterations": options.iterations, "rollout_batch": options.rows, "minibatch": options.minibatch,
         "max_prompt_tokens": options.prompt_tokens, "critic": {"pretrain_iterations": 0}, "save": {"every": 10**9},
         "sampling": {"max_new_tokens": options.new_tokens, "max_rows": options.rows},

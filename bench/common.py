@@ -37,6 +37,12 @@ def in_turn(module: str, contenders: Mapping[str, Sequence[str]], repeats: int) 
     return runs
 
 
+def write_rows(path: Path, rows: Iterable[Run]) -> str:
+    """Rows as lines of JSON; returns the path as settings take it."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
 def seconds(work: Callable[[], object]) -> float:
     """How long one call takes."""
     began = time.perf_counter()

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bench.common import PROMPTS, Run
+from bench.common import PROMPTS, Run, write_rows
 from bench.plan import FIXED_WORDS, REALISTIC_TOKENS, Workload
 from ppomax.config import DoctorConfig
 from ppomax.data.chat import render_prompt
@@ -33,7 +33,7 @@ def prepare(model: str, data: str | None, workloads: Sequence[Workload], work: P
         else:
             prompts = fixed_prompts(workload.rows)
         rows = [{"prompt": list(prompt), "ids": render_prompt(tokenizer, prompt)} for prompt in prompts]
-        workload.prompts(work).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        write_rows(workload.prompts(work), rows)
     # The policy's own weights under a random head: what a response earns does not matter for time.
     scalar = load_scalar_lm(model, Compute(torch.device("cpu"), torch.float32), fresh_head_seed=0)
     export_scalar(scalar, tokenizer, work / "reward")

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from bench.common import DIALOGUES, Run, in_turn, peak_gib, processor, spread, table, versions
+from bench.common import DIALOGUES, Run, in_turn, peak_gib, processor, spread, table, versions, write_rows
 from ppomax.config import ModelConfig, OptimConfig, RankConfig, RewardConfig, SaveConfig, SFTConfig
 from ppomax.data.chat import render_prompt, render_response
 from ppomax.data.readers import read_dialogues, read_pairs
@@ -107,7 +107,7 @@ def _contend(arguments: argparse.Namespace) -> Run:
         peak = peak_gib(arguments.device)
         accuracy = None
         if held:
-            data = (_write(work / "heldout.jsonl", held),)
+            data = (write_rows(work / "heldout.jsonl", held),)
             summary = rank(
                 RankConfig(run_dir=work / "rank", reward=str(work / "run" / "final"), data=data, compute=config)
             )
@@ -154,15 +154,10 @@ def _count(tokenizer: Any, rows: list[dict[str, Any]]) -> int:
     )
 
 
-def _write(path: Path, rows: list[dict[str, Any]]) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
 def _reward(arguments: argparse.Namespace, rows: list[dict[str, Any]], work: Path, compute: ModelConfig) -> float:
     run = work / "run"
     reward(RewardConfig(
-        run_dir=run, model=arguments.model, data=(_write(work / "data.jsonl", rows),), heldout=0, lm_weight=None,
+        run_dir=run, model=arguments.model, data=(write_rows(work / "data.jsonl", rows),), heldout=0, lm_weight=None,
         min_prompts=BATCH, max_prompts=BATCH, max_length=arguments.max_length, seed=arguments.seed, compute=compute,
         optim=OptimConfig(lr=LEARNING_RATE["reward"], warmup=WARMUP), save=SaveConfig(every=10**9),
     ))  # fmt: skip
@@ -173,7 +168,7 @@ def _sft(arguments: argparse.Namespace, rows: list[dict[str, Any]], work: Path, 
     run = work / "run"
     data = [{"messages": [*row["prompt"], *row["completion"]]} for row in rows]
     sft(SFTConfig(
-        run_dir=run, model=arguments.model, data=(_write(work / "data.jsonl", data),), heldout=0, epochs=1,
+        run_dir=run, model=arguments.model, data=(write_rows(work / "data.jsonl", data),), heldout=0, epochs=1,
         batch_size=BATCH, max_length=arguments.max_length, seed=arguments.seed, compute=compute,
         optim=OptimConfig(lr=LEARNING_RATE["sft"], warmup=WARMUP), save=SaveConfig(every=10**9),
     ))  # fmt: skip

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models.architectures import CONFIGS, FLOAT32, policy, ragged, save_model, scalar
+from models.architectures import CONFIGS, FLOAT32, policy, ragged, saved_once, scalar
 from torch import Tensor
 from torch._dynamo.utils import counters
 
@@ -31,14 +31,7 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
     """The directory of a family's model, made once."""
-    made: dict[str, str] = {}
-
-    def of(family: str) -> str:
-        if family not in made:
-            made[family] = save_model(family, tmp_path_factory.mktemp(family))
-        return made[family]
-
-    return of
+    return saved_once(tmp_path_factory.mktemp)
 
 
 def readings(player: Policy, rows: int = 5) -> tuple[Tensor, dict[str, Tensor]]:

@@ -18,7 +18,7 @@ from stages.toy import (
     recipe_settings,
     reward_config,
     sft_config,
-    share_of_e,
+    stopping_after,
     write_rows,
 )
 
@@ -108,18 +108,9 @@ def test_a_checkpoint_moves_between_processor_and_gpu(
         settings = {"iterations": 4, "save": SaveConfig(every=1), "optim": CALM, "critic": critic}
         return ppo_config(tmp_path / name, trained.sft, toys.prompts, compute=compute, **settings)
 
-    calls = []
-
-    def stopping(prompts: list[Any], responses: list[str], **columns: Any) -> list[float]:
-        calls.append(1)
-        if len(calls) > 2:
-            raise KeyboardInterrupt
-        return share_of_e(prompts, responses)
-
-    stopping.__module__, stopping.__qualname__ = "stages.toy", "share_of_e"
     ppo(config("whole", first))
     with pytest.raises(KeyboardInterrupt):
-        ppo(config("parts", first), reward=stopping)
+        ppo(config("parts", first), reward=stopping_after(2))
     ppo(config("parts", then), resume=True)
     expect_as_on_the_processor(tmp_path, "whole", "parts")
     # What the first device did is there as it was, not done again.

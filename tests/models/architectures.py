@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +85,11 @@ def save_model(name: str, folder: Path) -> str:
     """The directory of a causal LM of this family, with the tokenizer of `tiny`."""
     export(make_model(name), load_tokenizer("tiny"), folder)
     return str(folder)
+
+
+def saved_once(folder: Callable[[str], Path]) -> Callable[[str], str]:
+    """`save_model` for each family that is asked for, once; folder: makes one by name."""
+    return cache(lambda name: save_model(name, folder(name)))
 
 
 def save_reward_model(name: str, folder: Path) -> str:

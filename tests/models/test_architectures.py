@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from models.architectures import FLOAT32, batch_of, make_model, policy, ragged, reloaded, save_model, scalar
+from models.architectures import FLOAT32, batch_of, make_model, policy, ragged, reloaded, save_model, saved_once, scalar
 from ppomax.engine.randomness import uniforms_for
 from ppomax.models.layers import split_is_exact
 from ppomax.models.load import load_causal_lm
@@ -27,14 +27,7 @@ NOT_SPLIT = ["qwen2-window", "gpt2", "gpt-neox"]
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], str]:
     """The directory of a family's small model, made once."""
-    made: dict[str, str] = {}
-
-    def of(name: str) -> str:
-        if name not in made:
-            made[name] = save_model(name, tmp_path_factory.mktemp(name))
-        return made[name]
-
-    return of
+    return saved_once(tmp_path_factory.mktemp)
 
 
 def assert_plain_logprobs(player: Policy, folder: str) -> None:

@@ -13,7 +13,6 @@ import pytest
 from ppomax import __version__
 from ppomax.cli import main
 from ppomax.config import DoctorConfig
-from ppomax.models.embedded import cached_model
 from ppomax.models.load import resolve_compute
 from ppomax.stages.doctor import GIB, OPTIONAL, concerns, doctor
 from ppomax.types import SetupError
@@ -48,8 +47,8 @@ def test_findings_are_those_of_this_machine(cache: Path) -> None:
 
 
 def test_a_converted_model_is_seen(cache: Path) -> None:
-    cached_model("smollm2-135m").mkdir(parents=True)
-    (cached_model("smollm2-135m") / "config.json").write_text("{}")
+    (cache / "smollm2-135m-v2").mkdir(parents=True)
+    (cache / "smollm2-135m-v2" / "config.json").write_text("{}")
     found = doctor(DoctorConfig())
     assert found["machine"]["smollm2-135m"] == f"converted ({cache})"
     assert not any("smollm2" in concern for concern in found["concerns"])

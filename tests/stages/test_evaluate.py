@@ -208,17 +208,17 @@ def test_every_answer_is_judged_and_scored_once(
     best_of: tuple[int, ...], answers: int, trained: Trained, toys: Toys, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    judged, scored, score_rows = [], [], RewardModel.score_rows
+    judged, scored, share_of_e, score_rows = [], [], toy.share_of_e, RewardModel.score_rows
 
     def judge(prompts: Any, responses: list[str], **columns: Any) -> list[float]:
         judged.extend(responses)
-        return toy.share_of_e(prompts, responses)
+        return share_of_e(prompts, responses)
 
     def score(model: RewardModel, rows: Any) -> list[float]:
         scored.extend(rows)
         return score_rows(model, rows)
 
-    monkeypatch.setattr("ppomax.stages.evaluate.load_function", lambda spec: judge)
+    monkeypatch.setattr(toy, "share_of_e", judge)
     monkeypatch.setattr(RewardModel, "score_rows", score)
     changes = {"judge": ("stages.toy:share_of_e",), "best_of": best_of, "max_prompts": 2}
     found = evaluate(config_of(tmp_path / "run", trained.sft, trained, toys, **changes))

@@ -341,21 +341,26 @@ def expect_equal(verb: str, a: Path, b: Path, *more: str) -> None:
         assert (a / "samples.jsonl").read_bytes() == (b / "samples.jsonl").read_bytes()
 
 
-def expect_exact_resume(whole: PPOConfig, folders: Sequence[str]) -> None:
-    """A run that an error of the reward ends after its second iteration goes on as if it never had been."""
-    parts = whole.model_copy(update={"run_dir": whole.run_dir.with_name("parts")})
+def stopping_after(iterations: int) -> RewardFunction:
+    """`share_of_e`, by that name, which interrupts the run when it is called once more than that."""
     seen = []
 
     def reward(prompts: list[Any], responses: list[str], **columns: Any) -> list[float]:
         seen.append(1)
-        if len(seen) > 2:
+        if len(seen) > iterations:
             raise KeyboardInterrupt
         return share_of_e(prompts, responses)
 
     reward.__module__, reward.__qualname__ = "stages.toy", "share_of_e"
+    return reward
+
+
+def expect_exact_resume(whole: PPOConfig, folders: Sequence[str]) -> None:
+    """A run that an error of the reward ends after its second iteration goes on as if it never had been."""
+    parts = whole.model_copy(update={"run_dir": whole.run_dir.with_name("parts")})
     ppo(whole)
     with pytest.raises(KeyboardInterrupt):
-        ppo(parts, reward=reward)
+        ppo(parts, reward=stopping_after(2))
     ppo(parts, resume=True)
     assert metrics(whole.run_dir) == metrics(parts.run_dir)
     for folder in folders:

@@ -101,7 +101,7 @@ def take_in(cache: Cache, prefilled: Cache, source_N: Tensor, column: int) -> No
 def keep_rows(cache: Cache, rows: Sequence[int]) -> None:
     """Keep the given rows of every layer, each once, in the given order. Rows that stay in place cost nothing."""
     moved = [(source, target) for target, source in enumerate(rows) if source != target]
-    device = next(iter(layers_of(cache))).device
+    device = layers_of(cache)[0].device
     source_N, target_N = torch.tensor(moved, dtype=torch.long, device=device).reshape(-1, 2).unbind(1)
     for layer in layers_of(cache):
         layer.move(source_N, target_N, len(rows))
