@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,6 +13,22 @@ import torch
 
 from ppomax.engine import world
 from ppomax.types import SetupError
+
+# Three processes that sum a number; the second one falls silent before its second sum.
+SUMS = """
+import sys, time
+from ppomax.engine import world
+from ppomax.errors import ProcessLost
+try:
+    with world.joined(minutes=0.05):
+        assert world.summed({"a": 1.0})["a"] == 3.0
+        if world.rank() == 1:
+            print("silent", flush=True)
+            time.sleep(600)
+        world.summed({"a": 1.0})
+except ProcessLost as lost:
+    sys.exit(str(lost))
+"""
 
 
 @pytest.fixture
@@ -44,3 +64,34 @@ def test_on_gpus_tensors_of_either_kind_can_be_summed(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with world.joined(minutes=1):
         assert second_of_two == [1, "cpu:gloo,cuda:nccl"]
+
+
+@pytest.fixture
+def three_processes() -> Iterator[list[subprocess.Popen[str]]]:
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)  # as torchrun keeps one
+    launched = {
+        "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "OMP_NUM_THREADS": "1",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }  # fmt: skip
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", SUMS], env={**os.environ, **launched, "RANK": str(number)}, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for number in range(3)
+    ]  # fmt: skip
+    yield processes
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def test_who_waits_in_vain_names_the_process_that_does_not_answer(
+    three_processes: list[subprocess.Popen[str]],
+) -> None:
+    first, _, third = three_processes
+    for process in (first, third):
+        _, said = process.communicate(timeout=100)
+        assert process.returncode == 1
+        assert "the connection to other processes was lost" in said
+        assert "Of 3 processes 1 did not answer within 5 s" in said and "--resume" in said

@@ -20,8 +20,10 @@ from ppomax.config import (
     ScoreConfig,
 )
 from ppomax.config.recipes import PPO_RECIPES
+from ppomax.data.chat import render_response
 from ppomax.models.players import Policy, at_responses
 from ppomax.stages.estimate import estimate
+from ppomax.stages.players import load_reward_model
 from ppomax.stages.ppo import ppo
 from ppomax.stages.update import update
 from stages.conftest import Toys, Trained
@@ -271,6 +273,28 @@ def test_the_target_kl_ends_an_iteration_before_the_step_that_would_leave_it(
     ppo(bound)
     assert any(row["stopped_early"] for row in metrics(bound.run_dir))
     assert column(bound, "kl_per_sequence")[-1] < column(free, "kl_per_sequence")[-1]
+
+
+def test_what_a_stop_string_ends_is_scored_with_the_eos_that_the_reward_model_learned_with(
+    trained: Trained, toys: Toys, tmp_path: Path
+) -> None:
+    sampling = SamplingConfig(max_new_tokens=24, stop=("e", "a"))
+    config = ppo_config(tmp_path / "run", trained.sft, toys.prompts, sampling=sampling, reward=(trained.reward,))
+    job = prepared(config)
+    it, tokenizer = first_iteration(job), job.players.tokenizer
+    model = load_reward_model(trained.reward, tokenizer, job.players.compute, config.compute)
+    assert model.reads_ids
+    scores = it.scored.components[job.players.terms[0].name].tolist()
+    compared = 0
+    for prompt, ids, text, score in zip(
+        it.scored.rollout.prompt_ids, it.scored.rollout.responses(), it.texts, scores, strict=True
+    ):
+        spelled = [*ids, tokenizer.eos_token_id]
+        if text[-1:] in sampling.stop and render_response(tokenizer, text) == spelled:  # not every byte is a letter
+            assert score == pytest.approx(model.score_rows([(prompt, spelled)])[0], abs=1e-5)
+            assert score != pytest.approx(model.score_rows([(prompt, ids)])[0], abs=1e-3)
+            compared += 1
+    assert compared >= 3
 
 
 def test_pre_training_ends_when_the_value_loss_has_converged(trained: Trained, toys: Toys, tmp_path: Path) -> None:

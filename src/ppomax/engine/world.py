@@ -7,6 +7,7 @@ them. Only passes through models are divided: each process reads its share of th
 from __future__ import annotations
 
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from torch import Tensor
 from ppomax.errors import ProcessLost, SetupError, first_line
 
 T = TypeVar("T")
+ROLL_CALL, ROLL_CALL_SECONDS = "ppomax/connection lost/", 5.0
+GO_ON = "the same command with --resume goes on from the last checkpoint"
 
 
 def started() -> int:
@@ -46,8 +49,9 @@ def is_first() -> bool:
 def joined(*, minutes: float, device: str = "auto") -> Iterator[None]:
     """The processes that the launcher started, connected for the time of a block.
 
-    Whatever waits for another process waits `minutes` at most. On GPUs every process of a machine has its own; device:
-    as in the settings, cpu leaves GPUs alone.
+    Whatever waits for another process waits `minutes` at most; ProcessLost then names those that do not answer (NCCL
+    ends the process by itself). On GPUs every process of a machine has its own; device: as in the settings, cpu leaves
+    GPUs alone.
     """
     if started() == 1 or size() > 1:
         yield
@@ -65,8 +69,32 @@ def joined(*, minutes: float, device: str = "auto") -> Iterator[None]:
     dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
     try:
         yield
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        raise ProcessLost(
+            f"the connection to other processes was lost ({first_line(error)}). {_roll_call()}. Look for the "
+            f"first error in what they printed; {GO_ON}"
+        ) from error
     finally:
         dist.destroy_process_group()
+
+
+def _roll_call() -> str:
+    """Who does not answer: every process that loses the connection says so in the store, which the launcher keeps."""
+    store = dist.distributed_c10d._get_default_store()
+    try:
+        store.set(f"{ROLL_CALL}{rank()}", "here")
+        end = time.monotonic() + ROLL_CALL_SECONDS
+        missing = set(range(size()))
+        while missing and time.monotonic() < end:
+            missing = {other for other in missing if not store.check([f"{ROLL_CALL}{other}"])}
+            time.sleep(0.05)
+    except RuntimeError:
+        return "The launcher's store does not answer either"
+    if not missing:
+        return f"All {size()} processes answer"
+    return f"Of {size()} processes {', '.join(map(str, sorted(missing)))} did not answer within {ROLL_CALL_SECONDS:g} s"
 
 
 def meet(where: str, *, minutes: float) -> None:
@@ -79,8 +107,7 @@ def meet(where: str, *, minutes: float) -> None:
     except RuntimeError as error:
         raise ProcessLost(
             f"{where}: not all of {size()} processes arrived within {minutes:g} minutes ({first_line(error)}). Look "
-            "for the first error in the output of the missing one; the same command with --resume goes on from the "
-            "last checkpoint"
+            f"for the first error in the output of the missing one; {GO_ON}"
         ) from error
 
 

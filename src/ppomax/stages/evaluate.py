@@ -85,7 +85,10 @@ def _evaluate(run: Run, config: EvaluateConfig) -> dict[str, Any]:
     longest = max(map(len, ids)) + config.sampling.max_new_tokens
     for role, player in (("policy", policy), ("baseline", baseline)):
         context_limit(player.model, longest, f"{role}: longest prompt + response")
-    model = load_reward_model(config.reward, tokenizer, compute, config.compute) if config.reward else None
+    model = None
+    if config.reward:
+        by_text = bool(config.sampling.stop)
+        model = load_reward_model(config.reward, tokenizer, compute, config.compute, by_text=by_text)
     most = max((config.samples_per_prompt, *config.best_of))
     total = len(prompts) * (config.samples_per_prompt + most)
     with progress("evaluate", total, unit="responses") as advance:

@@ -147,7 +147,8 @@ def ranked_tokens(tokenizer: Any, pairs: Sequence[Pair], max_length: int) -> tup
     rows = []
     dropped = Counter(longer=0, shortened=0, repeated=0, opposed=0, silent=0)
     for (source, key), group in by_prompt.items():
-        ids = {text: tuple(render_response(tokenizer, text)) for pair in group for text in (pair.chosen, pair.rejected)}
+        texts = dict.fromkeys(text for pair in group for text in (pair.chosen, pair.rejected))
+        ids = {text: tuple(render_response(tokenizer, text)) for text in texts}
         spoken = [p for p in group if tokenizer.eos_token not in (p.chosen.strip(), p.rejected.strip())]
         kept, messages = _fitting(tokenizer, spoken, ids, max_length)
         gaps = {(ids[pair.chosen], ids[pair.rejected]): pair.gap for pair in kept}

@@ -51,7 +51,7 @@ def load_players(config: PPOConfig, compute: Compute, tokenizer: Any, reward: Re
     """Load everything; `tokenizer` is the policy's. What does not fit together is a SetupError before any sampling."""
     layers = config.compute.train_layers
     terms = [Term(function_name(reward), 1.0, reward)] if reward is not None else load_terms(
-        config.reward, tokenizer, compute, config.compute
+        config.reward, tokenizer, compute, config.compute, by_text=bool(config.sampling.stop)
     )  # fmt: skip
     terms = [
         t if isinstance(t.reward, RewardModel)
@@ -82,23 +82,31 @@ def load_players(config: PPOConfig, compute: Compute, tokenizer: Any, reward: Re
     return Players(policy, reference, critic, terms, tokenizer, compute, Clock(compute.device))
 
 
-def load_terms(specs: tuple[str, ...], tokenizer: Any, compute: Compute, config: ModelConfig) -> list[Term]:
+def load_terms(
+    specs: tuple[str, ...], tokenizer: Any, compute: Compute, config: ModelConfig, *, by_text: bool = False
+) -> list[Term]:
     """The reward terms of a weighted sum; `tokenizer` is the policy's."""
     terms = []
     for weight, spec in parse_terms(specs):
         if is_function(spec):
             terms.append(Term(spec, weight, load_function(spec)))
         else:
-            terms.append(Term(_short(spec, terms), weight, load_reward_model(spec, tokenizer, compute, config)))
+            model = load_reward_model(spec, tokenizer, compute, config, by_text=by_text)
+            terms.append(Term(_short(spec, terms), weight, model))
     return terms
 
 
-def load_reward_model(spec: str, tokenizer: Any, compute: Compute, config: ModelConfig) -> RewardModel:
+def load_reward_model(
+    spec: str, tokenizer: Any, compute: Compute, config: ModelConfig, *, by_text: bool = False
+) -> RewardModel:
     """A frozen reward model. It reads the policy's ids if they are what its own tokenizer and template would give it,
-    else text through its own template."""
+    else text through its own template.
+
+    by_text: text in any case; what a stop string ends has no eos, which its template puts there.
+    """
     own = load_tokenizer(spec)
     model = load_scalar_lm(spec, compute)
-    reads_ids = reads_alike(own, tokenizer)
+    reads_ids = reads_alike(own, tokenizer) and not by_text
     length = getattr(model.config, "max_position_embeddings", None) or 4096
     scalar = Scalar(model, train_layers=config.train_layers if reads_ids else None, trained=False)
     scalar = shard(scalar, compute, config)
