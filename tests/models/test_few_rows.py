@@ -7,7 +7,16 @@ import torch
 from torch import nn
 
 from models.architectures import policy
+from ppomax.models import few_rows
 from ppomax.models.few_rows import MOST_ROWS, weight_first
+
+THIS = torch.backends.cpu.get_cpu_capability()
+
+
+@pytest.fixture(autouse=True)
+def gaining(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever processor this is, it counts as one that gains."""
+    monkeypatch.setattr(few_rows, "PROCESSORS", (THIS,))
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -31,6 +40,13 @@ def test_only_float32_layers_and_only_inside() -> None:
         assert [name for name, layer in model.items() if "forward" in vars(layer)] == ["of32"]
         raise ZeroDivisionError
     assert not any("forward" in vars(layer) for layer in model.values())
+
+
+def test_a_processor_that_does_not_gain_keeps_its_layers(lively: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(few_rows, "PROCESSORS", ())
+    player = policy(lively)
+    with player.decoding():
+        assert not any("forward" in vars(layer) for layer in player.modules())
 
 
 def test_a_policy_decodes_with_it(lively: str) -> None:
