@@ -45,7 +45,7 @@ class NonFiniteError(FloatingPointError):
 
 
 class ProcessLost(RuntimeError):
-    """Another process of the run did not arrive where all meet; the message says where, and which ones are missing."""
+    """Other processes of the run do not arrive where all meet, or do not answer; the message says which, and where."""
 
 
 def printable(text: str) -> str:

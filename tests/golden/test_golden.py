@@ -7,12 +7,16 @@ import platform
 from pathlib import Path
 
 import pytest
+import torch
 
 from golden.record import GOLDEN, golden_run
 
 # The run adds in one order on every x86 processor: recorded with AVX-512, on an emulated AMD processor with AVX2
-# nineteen iterations were equal bit for bit, and one number of the other was off by a relative 8e-8.
-TOLERANCE = {"rel": 1e-5, "abs": 1e-6}
+# nineteen iterations were equal bit for bit, and one number of the other was off by a relative 8e-8 (tests/golden/record.py
+# in qemu 7.2, -cpu EPYC-Milan). Another version of PyTorch may bring other libraries.
+RECORDED_WITH = "2.13."
+SAME, OTHER = {"rel": 1e-5, "abs": 1e-6}, {"rel": 5e-2, "abs": 5e-3}
+TOLERANCE = SAME if torch.__version__.startswith(RECORDED_WITH) else OTHER
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="recorded for x86 processors")

@@ -7,10 +7,11 @@ them. Only passes through models are divided: each process reads its share of th
 from __future__ import annotations
 
 import os
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -69,8 +70,11 @@ def joined(*, minutes: float, device: str = "auto") -> Iterator[None]:
     dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
     try:
         yield
+    except ProcessLost:
+        raise
     except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+        # gloo's errors have no type of their own, but name the file that they come from.
+        if not isinstance(error, dist.DistNetworkError | dist.DistStoreError) and "/gloo/" not in str(error):
             raise
         raise ProcessLost(
             f"the connection to other processes was lost ({first_line(error)}). {_roll_call()}. Look for the "
@@ -82,19 +86,27 @@ def joined(*, minutes: float, device: str = "auto") -> Iterator[None]:
 
 def _roll_call() -> str:
     """Who does not answer: every process that loses the connection says so in the store, which the launcher keeps."""
-    store = dist.distributed_c10d._get_default_store()
-    try:
-        store.set(f"{ROLL_CALL}{rank()}", "here")
-        end = time.monotonic() + ROLL_CALL_SECONDS
-        missing = set(range(size()))
-        while missing and time.monotonic() < end:
-            missing = {other for other in missing if not store.check([f"{ROLL_CALL}{other}"])}
-            time.sleep(0.05)
-    except RuntimeError:
+    store, own, count = dist.distributed_c10d._get_default_store(), rank(), size()
+    silent: list[int] | None = None
+
+    def call() -> None:
+        nonlocal silent
+        with suppress(RuntimeError):  # the store is gone
+            store.set(f"{ROLL_CALL}{own}", "here")
+            end, missing = time.monotonic() + ROLL_CALL_SECONDS, list(range(count))
+            while missing and time.monotonic() < end:
+                missing = [other for other in missing if not store.check([f"{ROLL_CALL}{other}"])]
+                time.sleep(0.05)
+            silent = missing
+
+    caller = threading.Thread(target=call, daemon=True)  # a store that hangs is not waited for
+    caller.start()
+    caller.join(ROLL_CALL_SECONDS + 1)
+    if silent is None:
         return "The launcher's store does not answer either"
-    if not missing:
-        return f"All {size()} processes answer"
-    return f"Of {size()} processes {', '.join(map(str, sorted(missing)))} did not answer within {ROLL_CALL_SECONDS:g} s"
+    if not silent:
+        return f"All {count} processes answer"
+    return f"Of {count} processes {', '.join(map(str, silent))} did not answer within {ROLL_CALL_SECONDS:g} s"
 
 
 def meet(where: str, *, minutes: float) -> None:

