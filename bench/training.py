@@ -137,7 +137,8 @@ def _rows(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dic
         {"prompt": list(d.messages[:-1]), "chosen": _answer(answers[i]), "rejected": _answer(answers[i - 1])}
         for i, d in enumerate(dialogues)
     ]
-    return rows[: arguments.rows], rows[len(rows) - arguments.heldout :] if arguments.heldout else []
+    learn = len(rows) - arguments.heldout
+    return rows[:learn][: arguments.rows], rows[learn:]
 
 
 def _answer(text: str) -> list[dict[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
@@ -49,8 +50,15 @@ class ProcessLost(RuntimeError):
 
 
 def printable(text: str) -> str:
-    """The text without what would command a terminal instead of being shown by it."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)
+    """The text without what would command a terminal, or turn it around, instead of being shown by it."""
+    return "".join("\ufffd" if _commands(c) else c for c in text)
+
+
+def _commands(character: str) -> bool:
+    if character in "\n\t" or character.isprintable():
+        return False
+    # Spaces of any width, and what joins letters or says where a word may break, are text.
+    return unicodedata.category(character) != "Zs" and character not in "\u00ad\u200b\u200c\u200d\u2060\ufeff"
 
 
 def first_line(error: BaseException) -> str:

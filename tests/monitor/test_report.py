@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from monitor.conftest import HOSTILE, write_json, write_jsonl
 
+from ppomax.errors import SaveError
 from ppomax.monitor.report import write_report
 from ppomax.types import DataError, SetupError
 
@@ -128,6 +129,17 @@ def test_the_verdict_says_what_went_wrong(tmp_path: Path) -> None:
     assert "2 h 05 min" in html
     html = _report(_write_summary(tmp_path, {"gold": gold | {"ci95": [0.4, 0.49]}}))
     assert "is worse than the model it started from" in html
+    few = {"opening_before": 0.25, "opening_after": 0.25}  # each of four answers opens in its own way
+    assert "open with the same words" not in _report(_write_summary(tmp_path, {"gold": gold, **few}))
+    grown = {"opening_before": 0.02, "opening_after": 0.25}
+    assert "25% of the answers open with the same words" in _report(_write_summary(tmp_path, {"gold": gold, **grown}))
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    run = _write_summary(tmp_path, {"gold": {"win": 0.4, "tie": 0.1, "lose": 0.5, "win_rate": 0.45}})
+    (run / "report.html.tmp").mkdir()
+    with pytest.raises(SaveError, match=r"report\.html: found that it cannot be written"):
+        write_report(run)
 
 
 @pytest.mark.parametrize(
@@ -155,6 +167,7 @@ def test_a_run_of_one_stage_is_recognised_by_its_metrics(tmp_path: Path, make_pp
     reward = _write_metrics(tmp_path / "r", [{"step": 1, "ranking_loss": 0.69, "loss": 0.7}])
     sft = _write_metrics(tmp_path / "s", [{"step": 1, "loss": 3.0}, {"step": 2, "loss": None}])
     assert "Score of the reward model" in _Page(_report(ppo)).headings
+    assert '<div class="value">3</div><div class="label">PPO iterations</div>' in _report(ppo)
     assert "The reward model" in _Page(_report(reward)).headings
     assert "Supervised fine-tuning" in _Page(_report(sft)).headings
 

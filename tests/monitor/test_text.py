@@ -25,6 +25,25 @@ def test_tokens_are_words_of_latin_script_and_single_letters_of_others() -> None
     assert tokens("我用 Python 写。") == ["我", "用", "python", "写"]
 
 
+def test_scripts_with_spaces_have_words_and_others_have_letters() -> None:
+    assert tokens("Сколько стоит билет? Việt Nam") == ["сколько", "стоит", "билет", "việt", "nam"]
+    assert tokens("한국어 문장, हिन्दी में। می\u200cروم") == ["한국어", "문장", "हिन्दी", "में", "می\u200cروم"]
+    assert tokens("ไทย 東京で") == ["ไ", "ท", "ย", "東", "京", "で"]
+
+
+def test_long_prose_of_any_script_is_no_loop() -> None:
+    sentences = ["Утром мы пошли на рынок за свежим хлебом.", "Дети играли у реки до самого вечера.",
+                 "Бабушка рассказала старую сказку о медведе.", "Потом начался дождь, и все вернулись домой.",
+                 "За ужином говорили о лете и о море."]  # fmt: skip
+    assert not is_degenerate(" ".join(sentences))
+    assert is_degenerate(" ".join(sentences[:1] * 4))
+
+
+def test_a_topic_in_another_script_is_a_word_and_not_two_letters() -> None:
+    prompts = ["Сколько стоит билет до Москвы?"] * 2
+    assert on_topic_share(prompts, ["Билеты дешевле утром.", "Возьмите свёклу, капусту и мясо."]).share == 0.5
+
+
 def test_distinct_n_counts_over_all_texts_but_not_across_them() -> None:
     # bigrams: a b, b a | a b: 3 of them, 2 distinct; "a | a" across the border is none.
     assert distinct_n(["a b a", "a b"], 2) == pytest.approx(2 / 3)
@@ -69,7 +88,10 @@ def test_top_shares_find_the_stock_phrase_and_count_all_texts() -> None:
     ("bad", "good"),
     [
         ("", "No."),
-        ("... 12 !!", "12 apples"),
+        ("... !!", "12"),
+        ("12 12 12 12", "3 + 4 = 7, 7 + 5 = 12"),
+        ("---", "🎉"),
+        ("да да да да", "Мы живём в большом доме, и да, нам там хорошо."),
         ("Nice\x07 day", "Nice\n\tday, 👩\u200d🌾"),
         ("It was caf\ufffd", "It was café"),
         ("fun fun fun", "No, no!"),

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from ppomax.rewards.callables import call, limited, load_function, shared_columns
-from ppomax.types import DataError, Message, SetupError
+from ppomax.rewards.callables import call, judged, limited, load_function, shared_columns
+from ppomax.types import DataError, Message, Prompt, SetupError
 
 PROMPTS = [(Message(role="user", content="one"),), (Message(role="user", content="two"),)]
 RESPONSES = ["a", "bcd"]
@@ -173,3 +173,26 @@ def test_the_time_limit_holds_for_a_function_that_tries_again_after_every_error(
     with pytest.raises(DataError, match="no answer after 0.05 seconds"):
         call(limited(reward, 0.05, name="mine"), PROMPTS, RESPONSES, {}, name="mine")
     assert len(tries) == (1 if caught is Exception else 2)
+
+
+def asked(text: str, **columns: Any) -> Prompt:
+    return Prompt((Message(role="user", content=text),), key=text, columns=columns)
+
+
+def test_a_judge_is_called_as_a_reward_is() -> None:
+    seen: dict[str, Any] = {}
+
+    def judge(prompts: Any, responses: list[str], **columns: Any) -> list[float]:
+        seen.update(columns, prompts=prompts, responses=responses)
+        return [1.0, 2.0]
+
+    prompts = [asked("one", topic="a"), asked("two", topic="b")]
+    assert judged(judge, prompts, RESPONSES, name="mine", ids=[[1], [2, 3]]) == [1.0, 2.0]
+    assert seen["topic"] == ["a", "b"] and seen["response_ids"] == [[1], [2, 3]] and seen["responses"] == RESPONSES
+    assert [p[0]["content"] for p in seen["prompts"]] == ["one", "two"]
+
+
+@pytest.mark.parametrize("given", [[[0.9], [0.2]], torch.tensor([[0.9], [0.2]])])
+def test_a_judge_that_gives_lists_is_refused(given: Any) -> None:
+    with pytest.raises(DataError, match="judge mine: found a list for each response, expected one number each"):
+        judged(lambda prompts, responses, **_: given, [asked("one"), asked("two")], RESPONSES, name="mine")

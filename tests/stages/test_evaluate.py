@@ -203,6 +203,25 @@ def test_two_judges_of_one_name_both_count(trained: Trained, toys: Toys, tmp_pat
     assert found["judges"][judges[1]]["tie"] == 1.0
 
 
+def test_answers_outlive_a_judge_that_fails(
+    trained: Trained, toys: Toys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def judge(prompts: Any, responses: list[str], **columns: Any) -> list[float]:
+        assert len(columns["response_ids"]) == len(responses)
+        raise OSError("no answer")
+
+    monkeypatch.setattr(toy, "share_of_e", judge)
+    config = config_of(tmp_path / "run", trained.sft, trained, toys, max_prompts=3, best_of=())
+    with pytest.raises(OSError, match="no answer"):
+        evaluate(config)
+    rows = rows_of(config)
+    assert len(rows) == 3 * 2 and all(row["before"] and row["after"] for row in rows)
+    monkeypatch.undo()
+    evaluate(config)
+    assert [row["after"] for row in rows_of(config)] == [row["after"] for row in rows]
+    assert all("gold_after" in row for row in rows_of(config))
+
+
 @pytest.mark.parametrize(("best_of", "answers"), [((), 2 + 2), ((5,), 5 + 2)])
 def test_every_answer_is_judged_and_scored_once(
     best_of: tuple[int, ...], answers: int, trained: Trained, toys: Toys, tmp_path: Path,

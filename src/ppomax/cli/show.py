@@ -76,9 +76,10 @@ def show_difference(a: str, b: str) -> None:
     table = _columns("setting", a, b)
     for one, other in pairs:
         left, right = dict(_flat(plain(one))), dict(_flat(plain(other)))
-        for key in left:
-            if left[key] != right[key]:
-                table.add_row(Text(key), Text(_as_yaml(left[key])), Text(_as_yaml(right[key])))
+        for key in dict.fromkeys([*left, *right]):  # a number in one may be a number by source in the other
+            values = [_as_yaml(side[key]) if key in side else "" for side in (left, right)]
+            if values[0] != values[1]:
+                table.add_row(Text(key), *map(Text, values))
     _stdout().print(table if table.row_count else f"{a} and {b} are equal")
 
 
@@ -86,7 +87,8 @@ def show_summary(run_dir: Path, summary: Mapping[str, Any] | None) -> None:
     """The result of a run in a short table, and where to look."""
     table = _columns()
     for key, value in _flat(summary or {}):
-        if not isinstance(value, list) or len(value) <= 3:  # a histogram belongs into the report
+        sentences = isinstance(value, list) and all(isinstance(item, str) for item in value)
+        if not isinstance(value, list) or sentences or len(value) <= 3:  # a histogram belongs into the report
             table.add_row(Text(key), Text(_number(value)))
     console = _stdout()
     console.print(table)

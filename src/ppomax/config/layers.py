@@ -21,7 +21,7 @@ def overlay(base: C, values: dict[str, Any], *, origin: str) -> C:
     """
     _refuse_unknown(type(base), values, origin, prefix="")
     try:
-        return type(base).model_validate(_merge(base.model_dump(), values))
+        return type(base).model_validate(_merge(type(base), base.model_dump(), values))
     except ValidationError as error:
         lines = [f"  {'.'.join(map(str, e['loc']))}: {e['msg']} (found {e['input']!r})" for e in error.errors()]
         raise SetupError(f"{origin}: not a valid {type(base).__name__}:\n" + "\n".join(lines)) from None
@@ -59,8 +59,8 @@ def _refuse_unknown(schema: type[BaseModel], values: dict[str, Any], origin: str
             raise SetupError(
                 f"{origin}: unknown key '{prefix}{key}'{nearest(str(key), known)} Known here: {', '.join(known)}"
             )
-        child = schema.model_fields[key].annotation
-        if not (isinstance(child, type) and issubclass(child, BaseModel)):
+        child = _inner(schema, key)
+        if child is None:
             continue
         if not isinstance(value, dict | BaseModel):
             inside = ", ".join(child.model_fields)
@@ -69,11 +69,19 @@ def _refuse_unknown(schema: type[BaseModel], values: dict[str, Any], origin: str
             _refuse_unknown(child, value, origin, prefix=f"{prefix}{key}.")
 
 
-def _merge(base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+def _merge(schema: type[BaseModel], base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Settings are laid over settings; any other value, a mapping of sources too, takes the place of what was there."""
     merged = dict(base)
     for key, value in values.items():
-        if isinstance(value, dict) and isinstance(merged.get(key), dict):
-            merged[key] = _merge(merged[key], value)
+        inner = _inner(schema, key)
+        if inner is not None and isinstance(value, dict) and isinstance(merged.get(key), dict):
+            merged[key] = _merge(inner, merged[key], value)
         else:
             merged[key] = value
     return merged
+
+
+def _inner(schema: type[BaseModel], key: str) -> type[BaseModel] | None:
+    """The schema of a field that holds settings of its own."""
+    annotation = schema.model_fields[key].annotation
+    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None

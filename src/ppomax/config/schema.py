@@ -29,6 +29,9 @@ class Schema(BaseModel):
 
 
 def _at_home(value: Any) -> Any:
+    """~/ is what a shell leaves as it is after `--run-dir=`, and what YAML and Python never look at."""
+    if isinstance(value, Path):
+        return value.expanduser() if value.parts[:1] == ("~",) else value
     return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~/") else value
 
 
@@ -281,7 +284,7 @@ class EvaluateConfig(Schema):
     )
     judge_tie: float = Field(default=0.05, ge=0, description="Judge scores closer than this are a tie.")
     samples_per_prompt: int = Field(default=4, ge=1, description="Responses per prompt and system.")
-    best_of: tuple[int, ...] = Field(
+    best_of: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         default=(), description="Also judge best-of-n of the baseline by the reward model."
     )
     max_prompts: int | None = Field(

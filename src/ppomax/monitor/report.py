@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from ppomax.errors import SaveError
 from ppomax.monitor.card import card_rows
 from ppomax.monitor.pictures import Picture, pictures_of
 from ppomax.monitor.plots import AMBER, BLUE, GREEN, GREY, PURPLE, RED, share_bars
@@ -110,8 +111,13 @@ def write_report(run_dir: Path) -> Path:
     )
     path = run_dir / "report.html"
     temporary = path.with_name("report.html.tmp")
-    temporary.write_text(page, encoding="utf-8")
-    temporary.replace(path)
+    try:
+        temporary.write_text(page, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise SaveError(
+            f"{path}: found that it cannot be written ({error.strerror}), expected room and rights"
+        ) from error
     return path
 
 

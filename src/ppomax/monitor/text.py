@@ -1,7 +1,7 @@
 """Is the text still worth reading? Measures over lists of responses that the KL to the reference does not show.
 
-Tokens here are words: runs of Latin letters and apostrophes, lower case. Every other letter (Chinese, say) is a token
-of its own, so the same measures run over characters where a script has no spaces.
+Tokens here are words: runs of letters and apostrophes, lower case. Where a script has no spaces between words (Chinese,
+Japanese, Thai and the like), every letter is a token of its own, so that the same measures run over characters.
 """
 
 from __future__ import annotations
@@ -16,9 +16,17 @@ from typing import NamedTuple
 
 import snowballstemmer
 
-_LATIN = "a-zà-öø-ɏ"
-_TOKEN = re.compile(rf"[{_LATIN}']+|[^\W\d_]")
-_RUN = re.compile(rf"(?:(?![{_LATIN}])[^\W\d_])+")
+_LATIN = "a-zà-öø-ɏḀ-ỿ"
+# Thai, Lao, Tibetan; Burmese; Khmer; kana; Han.
+_SPACELESS = (
+    "\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u31f0-\u31ff\u3400-\u9fff\uf900-\ufaff\uff66-\uff9d"
+    "\U00020000-\U0003ffff"
+)
+# Signs that belong to the letter before them, and joiners: accents, Hebrew, Arabic; the scripts of India, letters too.
+_SIGNS = "\u0300-\u036f\u0591-\u05c7\u0610-\u061a\u064b-\u065f\u0670\u06d6-\u06dc\u0900-\u0963\u0970-\u0dff\u200c\u200d"
+_TOKEN = re.compile(rf"(?:(?![{_SPACELESS}])[^\W\d_]|[{_SIGNS}'])+|[^\W\d_]")
+_RUN = re.compile(rf"(?:(?=[{_SPACELESS}])[^\W\d_])+")
+_LEAST_LETTERS, _STEM = 4, 5
 _STEMMER = snowballstemmer.stemmer("english")
 
 _STOP_WORDS = frozenset(
@@ -47,7 +55,7 @@ class TopicShare(NamedTuple):
 
 
 def tokens(text: str) -> list[str]:
-    """Lower-case words of Latin script; every other letter by itself. Digits and punctuation are dropped."""
+    """Lower-case words, single letters in scripts without spaces. Digits and punctuation are dropped."""
     found = _TOKEN.findall(text.lower().replace("\u2019", "'"))
     return [token for token in (t.strip("'") for t in found) if token]
 
@@ -62,15 +70,18 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
 
 
 def content_stems(text: str) -> frozenset[str]:
-    """What the text is about: stems of its words longer than 2 letters that are not on the stop list.
+    """What the text is about: stems of its Latin words longer than 2 letters that are not on the stop list.
 
-    Letters of other scripts count as the pairs of neighbours in each run of them.
+    Words of other scripts count from 4 letters on, by their first 5, which most endings leave alone; where a script has
+    no spaces, letters count as the pairs of neighbours in each run of them.
     """
     lowered = text.lower()
     bigrams = {run[i : i + 2] for run in _RUN.findall(lowered) for i in range(len(run) - 1)}
-    words = {token.split("'")[0] for token in tokens(text) if re.match(f"[{_LATIN}]", token)}
+    found = {token.split("'")[0] for token in tokens(text)}
+    words = {word for word in found if re.match(f"[{_LATIN}]", word)}
     content = sorted(word for word in words if len(word) > 2 and word not in _STOP_WORDS)
-    return frozenset(_STEMMER.stemWords(content)) | bigrams
+    cut = {word[:_STEM] for word in found - words if len(word) >= _LEAST_LETTERS}
+    return frozenset(_STEMMER.stemWords(content)) | cut | bigrams
 
 
 def on_topic_share(prompts: Sequence[str], responses: Sequence[str]) -> TopicShare:
@@ -101,7 +112,7 @@ def top_closing_share(texts: Sequence[str], words: int = 3) -> tuple[str, float]
 def is_degenerate(text: str) -> bool:
     """True for text that no reader would accept as an answer, whatever it is about. Any one of:
 
-    1. it has no letter at all (empty, only digits or punctuation);
+    1. it has no letter, digit or picture at all (empty, only punctuation);
     2. it has control characters, U+FFFD or code points without a character;
     3. three words or more, all the same, or one word four times in a row;
     4. of at least 6 words, one word makes up more than 40%;
@@ -109,8 +120,8 @@ def is_degenerate(text: str) -> bool:
 
     Word salad without repetition is not found by these rules; perplexity and a judge have to find it.
     """
-    words = tokens(text)
-    if not words or any(_is_non_printing(c) for c in text):
+    words = tokens(text) or text.split()
+    if not any(_says_something(c) for c in text) or any(_is_non_printing(c) for c in text):
         return True
     if len(words) >= 3 and len(set(words)) == 1:
         return True
@@ -166,6 +177,11 @@ def _top_share(phrases: Sequence[list[str]]) -> tuple[str, float]:
 
 def _join(phrase: Sequence[str]) -> str:
     return ("" if all(_RUN.fullmatch(token) for token in phrase) else " ").join(phrase)
+
+
+def _says_something(character: str) -> bool:
+    category = unicodedata.category(character)
+    return category[0] in "LN" or category == "So"
 
 
 def _is_non_printing(character: str) -> bool:

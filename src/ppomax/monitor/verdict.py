@@ -90,7 +90,9 @@ def headline(root: RunFiles, chapters: Mapping[str, RunFiles]) -> list[Number]:
     after = find("length_after", ("ppo", "response_length"))
     if math.isfinite(before) and math.isfinite(after):
         numbers.append(Number("response length", f"{before:.0f} \u2192 {after:.0f}", "tokens, before and after"))
-    iterations = find("iterations", ("ppo", "iteration"))
+    iterations = find("iterations")
+    if not math.isfinite(iterations) and "ppo" in chapters:
+        iterations = float(len(chapters["ppo"].metrics) or math.nan)
     wall = find("wall_seconds")
     if math.isfinite(wall):
         note = f"{iterations:.0f} PPO iterations" if math.isfinite(iterations) else ""
@@ -178,8 +180,8 @@ def _is_worrying(key: str, before: float, after: float) -> bool:
         "length": after > 1.8 * before or after < 0.5 * before,
         "topic": after < before - 0.10,
         "distinct2": after < 0.8 * before,
-        "opening": after > 0.10,
-        "closing": after > 0.10,
+        "opening": after > max(0.10, before + 0.05),
+        "closing": after > max(0.10, before + 0.05),
         "degenerate": after > 0.01,
     }
     return tests.get(key, False)

@@ -15,7 +15,7 @@ from typing import Any, cast
 
 from ppomax.engine import world
 from ppomax.errors import first_line
-from ppomax.types import DataError, Message, SetupError
+from ppomax.types import DataError, Message, Prompt, SetupError
 
 # (prompts, responses, **columns) → one number per response, or one list of per-token numbers per response.
 RewardFunction = Callable[..., Sequence[float] | Sequence[Sequence[float]]]
@@ -48,6 +48,20 @@ def call(
     processes the first one calls it, for all.
     """
     return world.first(lambda: _called(function, prompts, responses, columns, name, lengths))
+
+
+def judged(
+    judge: RewardFunction, prompts: Sequence[Prompt], responses: Sequence[str], *, name: str,
+    ids: Sequence[Sequence[int]] | None = None,
+) -> list[float]:  # fmt: skip
+    """One score per response by a judge, which is called as a reward is; `ids`: the responses' token ids."""
+    columns = shared_columns([prompt.columns for prompt in prompts])
+    if ids is not None:
+        columns["response_ids"] = list(ids)
+    scores, dense = call(judge, [prompt.messages for prompt in prompts], responses, columns, name=name)
+    if dense is not None:
+        raise DataError(f"judge {name}: found a list for each response, expected one number each")
+    return scores
 
 
 def _called(

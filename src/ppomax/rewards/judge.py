@@ -9,16 +9,20 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
-from ppomax.monitor.text import is_degenerate, looped_share, on_topic_share
+from ppomax.monitor.text import is_degenerate, looped_share, on_topic_share, tokens
 from ppomax.types import Message, SetupError
 
 OFF_TOPIC = 0.5
 
 
 def sentiment(prompts: Sequence[Sequence[Message]], responses: Sequence[str], **_: Any) -> list[float]:
-    """VADER's compound sentiment in [-1, 1]; empty or degenerate text scores -1."""
+    """VADER's compound sentiment in [-1, 1]; text without a word and degenerate text score -1."""
     analyser = _analyser()
-    return [-1.0 if is_degenerate(r) else float(analyser.polarity_scores(r)["compound"]) for r in responses]
+    broken = [not tokens(response) or is_degenerate(response) for response in responses]
+    return [
+        -1.0 if bad else float(analyser.polarity_scores(response)["compound"])
+        for bad, response in zip(broken, responses, strict=True)
+    ]
 
 
 def gold(prompts: Sequence[Sequence[Message]], responses: Sequence[str], **_: Any) -> list[float]:

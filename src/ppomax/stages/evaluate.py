@@ -21,7 +21,7 @@ from ppomax.monitor.progress import progress
 from ppomax.monitor.report import write_report
 from ppomax.monitor.statistics import correlation, win_rate
 from ppomax.monitor.text import text_health, top_closing_share, top_opening_share
-from ppomax.rewards.callables import RewardFunction, call, load_function, shared_columns
+from ppomax.rewards.callables import RewardFunction, judged, load_function, shared_columns
 from ppomax.rewards.model import RewardModel
 from ppomax.rl.kl import k1
 from ppomax.rl.masked import masked_sum
@@ -79,6 +79,7 @@ def _evaluate(run: Run, config: EvaluateConfig) -> dict[str, Any]:
     read = fitted_prompts(tokenizer, specs, config.max_prompt_tokens)
     rows = _first_of_each(read.prompts, config.max_prompts)
     prompts, ids = [read.prompts[i] for i in rows], [read.ids[i] for i in rows]
+    shared_columns([prompt.columns for prompt in prompts])  # names that no judge can be given
     print(f"evaluate: {read}; {len(prompts)} prompts × {config.samples_per_prompt} samples a system")
     policy = Policy(load_causal_lm(config.policy, compute), train_layers=None, trained=False)
     baseline = Policy(load_causal_lm(config.baseline, compute), train_layers=None, trained=False)
@@ -132,10 +133,8 @@ class Systems:
 
     def judged(self, answers: Answers) -> dict[str, list[float]]:
         """Every judge's scores."""
-        prompts = answers.rollout.prompts
-        columns = shared_columns([p.columns for p in prompts])
-        messages = [p.messages for p in prompts]
-        return {name: call(f, messages, answers.texts, columns, name=name)[0] for name, f in self.judges.items()}
+        prompts, ids = answers.rollout.prompts, answers.rollout.responses()
+        return {name: judged(f, prompts, answers.texts, name=name, ids=ids) for name, f in self.judges.items()}
 
 
 def _answer(
@@ -182,6 +181,9 @@ def _report(run: Run, config: EvaluateConfig, systems: Systems, after: Answers, 
     `after` and more for the best of n."""
     compared_rows = [i for i, n in enumerate(pool.rollout.sample_B.tolist()) if n < config.samples_per_prompt]
     before = _take(pool, compared_rows)
+    # What was sampled is kept if a judge fails.
+    run.samples.unlink(missing_ok=True)
+    append_samples(run.samples, _sample_rows(before, after, (None, None), (None, None)))
     groups = [prompt.key for prompt in after.rollout.prompts]
     sources = [prompt.source for prompt in after.rollout.prompts]
     nll_before, _ = _read(systems.baseline, None, before.rollout, config)

@@ -13,11 +13,10 @@ from ppomax.engine.durable import write_json_atomic, write_text_atomic
 from ppomax.models.load import load_causal_lm, load_tokenizer
 from ppomax.models.players import Policy
 from ppomax.monitor.progress import progress
-from ppomax.rewards.callables import RewardFunction, call, shared_columns
+from ppomax.rewards.callables import RewardFunction, judged
 from ppomax.rollout.collect import collect, response_texts
 from ppomax.stages.inputs import compute_of, context_limit, expect_native, fitted_prompts, sampling_of
 from ppomax.stages.spoilt import spoilt
-from ppomax.types import Prompt
 
 RANDOM_PURPOSE = 1_000_002
 
@@ -44,14 +43,14 @@ def label(
             how=sampling_of(sampling, model, tokenizer), progress=advance,
         )  # fmt: skip
     texts = response_texts(tokenizer, rollout)
-    scores = _judged(judge, rollout.prompts, texts)
+    scores = judged(judge, rollout.prompts, texts, name="judge")
     answers = list(zip(scores, texts, strict=True))
     groups = [answers[first : first + samples] for first in range(0, len(answers), samples)]
     asked = rollout.prompts[::samples]
     best = [max(group, key=lambda answer: answer[0])[1] for group in groups]
     made = spoilt([p.messages[-1]["content"] for p in asked], best, loop_every=loop_every, stray_every=stray_every)
     if made:
-        of_made = _judged(judge, [asked[number] for number, _ in made], [text for _, text in made])
+        of_made = judged(judge, [asked[number] for number, _ in made], [text for _, text in made], name="judge")
         for score, (number, text) in zip(of_made, made, strict=True):
             groups[number].append((score, text))
     lines = []
@@ -72,8 +71,3 @@ def label(
     }
     write_json_atomic(out.with_suffix(".json"), counts)
     return counts
-
-
-def _judged(judge: RewardFunction, prompts: Sequence[Prompt], texts: Sequence[str]) -> list[float]:
-    messages, columns = [p.messages for p in prompts], shared_columns([p.columns for p in prompts])
-    return call(judge, messages, list(texts), columns, name="judge")[0]

@@ -138,7 +138,8 @@ def layouts(config: PlanConfig, roles: Sequence[Role], machine: Machine) -> list
     shards = ("none",) if machine.count == 1 else ("none", "zero2", "zero3") if not config.shard else (config.shard,)
     for way in ways:
         changed = _with(config, compute=way)
-        flags = [f"--compute.{key.replace('_', '-')} {value}" for key, value in way.items()]
+        named = {f"--compute.{key.replace('_', '-')}": value for key, value in way.items()}
+        flags = [flag if value is True else f"{flag} {value}" for flag, value in named.items()]
         for shard in shards:
             divided = [] if machine.count == 1 else [f"--compute.shard {shard}"]
             name = ", ".join([_name(changed), *([] if machine.count == 1 else [shard])])
@@ -149,7 +150,8 @@ def layouts(config: PlanConfig, roles: Sequence[Role], machine: Machine) -> list
 def knobs(layout: Layout, roles: Sequence[Role], machine: Machine, reserve: float) -> list[dict[str, Any]]:
     """Settings that bring the peak of a layout down, each by itself, and the number of devices at which it fits."""
     found = []
-    for flags, changed in _smaller(layout.config):
+    equal = all(role.shape == roles[0].shape for role in roles if role.trained)
+    for flags, changed in _smaller(layout.config, equal):
         peak = _peak(Layout(layout.name, flags, changed, layout.shard), roles, machine)
         found.append({"change": flags, "peak": peak, "fits": peak <= machine.memory * (1 - reserve)})
     for count in (2**power * machine.count for power in range(1, 11)):
@@ -162,17 +164,16 @@ def knobs(layout: Layout, roles: Sequence[Role], machine: Machine, reserve: floa
     return sorted((knob for knob in found if knob["peak"] < peak), key=lambda knob: (not knob["fits"], knob["peak"]))
 
 
-def _smaller(config: PlanConfig) -> Iterator[tuple[str, PlanConfig]]:
+def _smaller(config: PlanConfig, equal: bool) -> Iterator[tuple[str, PlanConfig]]:
+    """Flags that ask for less, and what comes of them. equal: what is trained is of one size, and can share layers."""
     longest = config.max_prompt_tokens + config.sampling.max_new_tokens
     if config.compute.tokens_per_microbatch > longest:
         yield f"--compute.tokens-per-microbatch {longest}", _with(config, compute={"tokens_per_microbatch": longest})
     if (rows := config.sampling.max_rows // 4) >= 1:
         yield f"--sampling.max-rows {rows}", _with(config, sampling={"max_rows": rows})
     if (limit := config.sampling.max_new_tokens // 2) >= 1:
-        yield f"--sampling.max-new-tokens {limit}", _with(
-            config, sampling={"max_new_tokens": limit}, compute={"tokens_per_microbatch": max(16, longest - limit)}
-        )  # fmt: skip
-    if config.compute.train_layers is None or config.compute.train_layers > 1:
+        yield f"--sampling.max-new-tokens {limit}", _with(config, sampling={"max_new_tokens": limit})
+    if equal and (config.compute.train_layers is None or config.compute.train_layers > 1):
         yield "--compute.train-layers 1", _with(config, compute={"train_layers": 1})
 
 

@@ -62,7 +62,7 @@ def load_players(config: PPOConfig, compute: Compute, tokenizer: Any, reward: Re
     policy = shard(Policy(trained, trained=True, **training_of(config.compute, config.seed)), compute, config.compute)
     critic = _load_critic(config, config.critic.init, compute, tokenizer, terms) if config.critic.init else None
     frozen = config.reference or config.policy
-    if frozen != config.policy and not same_vocabulary(load_tokenizer(frozen), tokenizer):
+    if frozen != config.policy and not same_vocabulary(load_tokenizer(frozen, config.compute.chat_template), tokenizer):
         raise SetupError(f"reference: {frozen} has another vocabulary than the policy {config.policy}")
     reference = Policy(load_causal_lm(frozen, compute), train_layers=layers, trained=False)
     if config.kl.estimator != "full":  # there the policy's pass reads the reference's weights
@@ -133,7 +133,7 @@ def _load_critic(config: PPOConfig, init: str, compute: Compute, tokenizer: Any,
         name, seed = config.policy, config.seed
     else:
         name = init
-        if not same_vocabulary(load_tokenizer(name), tokenizer):
+        if not same_vocabulary(load_tokenizer(name, config.compute.chat_template), tokenizer):
             raise SetupError(f"critic.init: {name} has another vocabulary than the policy; use --critic.init policy")
     model = load_scalar_lm(name, loading(compute, config.compute), fresh_head_seed=seed)
     return shard(Scalar(model, trained=True, **training_of(config.compute, config.seed)), compute, config.compute)

@@ -13,7 +13,7 @@ from ppomax.config import PPOConfig
 from ppomax.monitor.alarms import check
 from ppomax.monitor.statistics import histogram
 from ppomax.monitor.text import text_health
-from ppomax.rewards.callables import call, shared_columns
+from ppomax.rewards.callables import judged
 from ppomax.rl.kl import k1, k3
 from ppomax.rl.masked import masked_mean, masked_sum, zero_masked
 from ppomax.rl.objectives import explained_variance
@@ -76,9 +76,7 @@ def metrics_row(
     if config.objective.target_kl is not None:
         row["stopped_early"] = totals.stopped_early
     if job.judge is not None:
-        columns = shared_columns([p.columns for p in rollout.prompts])
-        judged, _ = call(job.judge, [p.messages for p in rollout.prompts], texts, columns, name="judge")
-        row["gold_mean"] = sum(judged) / B
+        row["gold_mean"] = sum(judged(job.judge, rollout.prompts, texts, name="judge", ids=rollout.responses())) / B
     row |= job.players.clock.row()
     return {**row, "tokens_per_second": row["tokens/generated"] / row["seconds/total"]}
 

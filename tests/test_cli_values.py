@@ -1,0 +1,87 @@
+"""Values on their way in and out: settings laid over settings, folders at home, what tables show, what a terminal gets."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ppomax.cli import main
+from ppomax.cli.parse import parse
+from ppomax.cli.show import show_summary
+from ppomax.config import RewardConfig, SamplingConfig
+from ppomax.config.layers import overlay
+from ppomax.errors import printable
+
+
+def test_sizes_by_source_replace_those_of_a_recipe(tmp_path: Path) -> None:
+    words = ["--recipe", "paper-7b-en", "--test", "chat", "100"]
+    config = parse("reward", words).config
+    assert isinstance(config, RewardConfig)
+    assert config.test == {"chat": 100}
+    file = tmp_path / "c.yaml"
+    file.write_text("test: {code: 5}\noptim: {lr: 3e-6}\n")
+    config = parse("reward", ["--recipe", "paper-7b-en", "--config", str(file)]).config
+    assert isinstance(config, RewardConfig)
+    assert config.test == {"code": 5} and config.optim.lr == 3e-6
+    base = RewardConfig(heldout={"a": 1})
+    assert overlay(base, {"heldout": 0.1}, origin="x").heldout == 0.1
+    assert overlay(base, {"optim": {"lr": 1.0}}, origin="x").heldout == {"a": 1}
+
+
+@pytest.mark.parametrize("given", ["~/runs/x", Path("~/runs/x")])
+def test_a_folder_at_home_is_found_there(given: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/somebody")
+    assert RewardConfig(run_dir=given).run_dir == Path("/home/somebody/runs/x")
+    assert parse("reward", [f"--run-dir={given}"]).config.run_dir == Path("/home/somebody/runs/x")
+    assert RewardConfig(run_dir=Path("a/~/b")).run_dir == Path("a/~/b")
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "rows"),
+    [
+        ("reward/paper", "reward/paper-7b-en", ["test", "test.helpful"]),
+        ("reward/paper-7b-en", "reward/paper", ["test", "test.helpful"]),
+        ("reward/paper-7b-en", "reward/paper-7b-zh", ["heldout"]),
+    ],
+)
+def test_recipes_that_size_by_number_and_by_source_can_be_compared(
+    a: str, b: str, rows: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["recipes", "--diff", a, b]) == 0
+    settings = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert settings[0] == "setting" and set(rows) <= set(settings)
+
+
+def test_a_summary_shows_every_sentence_and_no_histogram(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    alarms = [f"Alarm number {i}" for i in range(6)]
+    show_summary(tmp_path, {"alarms": alarms, "histogram": [1, 2, 3, 4], "pair": [0.1, 0.2]})
+    shown = " ".join(capsys.readouterr().out.split())
+    assert all(alarm in shown for alarm in alarms)
+    assert "pair" in shown and "histogram" not in shown
+
+
+def test_the_terminal_gets_text_and_no_commands() -> None:
+    text = "100\u202f€, \u00a0می\u200cروم, 👩\u200d🌾, 東京\u3000駅\tund\nso"
+    assert printable(text) == text
+    assert printable("a\x1b[2Jb\u202eb\x00\x9bc\ue000\ufffe") == "a\ufffd[2Jb\ufffdb\ufffd\ufffdc\ufffd\ufffd"
+
+
+def test_the_best_of_none_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", "--best-of", "0"]) == 2
+    assert "best_of.0" in capsys.readouterr().err
+
+
+def test_what_the_planner_advises_is_what_ppo_understands() -> None:
+    from ppomax.config.plan import PlanConfig
+    from ppomax.stages.plan import plan
+
+    for sizes in ({"model_size": "7b"}, {"model_size": "7b", "reward_size": "3b"}):
+        found = plan(PlanConfig(gpus="1x24g", sampling=SamplingConfig(max_new_tokens=512), **sizes))
+        advised = [layout["flags"] for layout in found["layouts"]]
+        advised += [knob["change"] for knob in found["knobs"] if "GPUs" not in knob["change"]]
+        assert any("--compute.gradient-checkpointing" in flags for flags in advised)
+        assert any("--compute.train-layers 1" in flags for flags in advised) == ("reward_size" not in sizes)
+        for flags in advised:
+            parse("ppo", flags.split())
