@@ -6,13 +6,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from ppomax.cli import main
 from ppomax.cli.parse import parse
 from ppomax.cli.show import show_summary
-from ppomax.config import RewardConfig, SamplingConfig
+from ppomax.config import (
+    CriticConfig,
+    EvaluateConfig,
+    KLConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    PPOConfig,
+    RewardConfig,
+    SamplingConfig,
+    SaveConfig,
+    ScoreConfig,
+)
 from ppomax.config.layers import overlay
-from ppomax.errors import printable
+from ppomax.errors import SetupError, printable
 
 
 def test_sizes_by_source_replace_those_of_a_recipe(tmp_path: Path) -> None:
@@ -85,3 +97,46 @@ def test_what_the_planner_advises_is_what_ppo_understands() -> None:
         assert any("--compute.train-layers 1" in flags for flags in advised) == ("reward_size" not in sizes)
         for flags in advised:
             parse("ppo", flags.split())
+
+
+def test_a_group_that_says_little_keeps_the_rest_of_its_fields_default() -> None:
+    ours = PPOConfig()
+    for warmup in (OptimConfig(warmup=0.0), {"warmup": 0.0}):
+        config = PPOConfig(optim=warmup)  # type: ignore[arg-type]
+        assert config.optim == ours.optim.model_copy(update={"warmup": 0.0}) and config.optim.lr == 5e-7
+    nested = PPOConfig(critic=CriticConfig(optim=OptimConfig(max_grad_norm=None)))
+    assert nested.critic.optim.lr == ours.critic.optim.lr != OptimConfig().lr
+    assert PPOConfig(save=SaveConfig(keep=3)).save == SaveConfig(every=10, keep=3)
+    sampling = EvaluateConfig(sampling=SamplingConfig(max_new_tokens=128)).sampling
+    assert (sampling.temperature, sampling.top_p, sampling.repetition_penalty) == (0.8, 0.9, 1.1)
+    assert EvaluateConfig(sampling=SamplingConfig(top_p=None)).sampling.top_p is None
+    assert PPOConfig.model_validate(config.model_dump()) == config and PPOConfig(optim=config.optim) == config
+
+
+@pytest.mark.parametrize("changes", [{"optim": {"lrr": 1.0}}, {"critic": {"optim": {"lr": -1.0}}}, {"optim": 3}])
+def test_a_group_is_checked_all_the_same(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        PPOConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"advantage": "whole_return", "baseline": "leave_one_out", "samples_per_prompt": 4}, "nothing reads a critic"),
+        ({"objective": ObjectiveConfig(max_kl=0.05)}, r"max_kl: found 0\.05 .* only trpo reads it \(objective\.target_kl"),
+        ({"objective": ObjectiveConfig(penalty=2.0)}, "only penalty reads it"),
+        ({"score": ScoreConfig(length_free=9)}, "length_free: found 9 without score.length_penalty"),
+        ({"kl": KLConfig(horizon=77.0)}, "kl.horizon: found 77 without kl.target"),
+        (
+            {"buffer": 2, "epochs": 1, "minibatch": 128,
+             "objective": ObjectiveConfig(kind="policy_gradient", importance_cap=2.0)},
+            "policy_gradient with 2 steps",
+        ),
+    ],
+)  # fmt: skip
+def test_what_would_do_nothing_is_refused(changes: dict[str, Any], message: str) -> None:
+    from ppomax.stages.ppo_checks import expect_possible
+
+    expect_possible(PPOConfig())
+    with pytest.raises(SetupError, match=message):
+        expect_possible(PPOConfig(**changes))

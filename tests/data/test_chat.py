@@ -136,11 +136,21 @@ def test_role_tags_read_like_hh_rlhf(bare_tokenizer: PreTrainedTokenizerBase) ->
     tokenizer = prepare_tokenizer(bare_tokenizer, "role-tags")
     ids, mask = render_dialogue(tokenizer, Dialogue(TURNS, key=""), max_length=1000)
     assert tokenizer.decode(ids) == (
-        "Human: Hello\n\nAssistant: Hi there.<|im_end|>\n\nHuman: How are you?\n\nAssistant: Well, thank you.<|im_end|>"
+        "<|im_start|>Human: Hello\n\nAssistant: Hi there.<|im_end|>\n\nHuman: How are you?\n\nAssistant: Well, thank you."
+        "<|im_end|>"
     )
     learnt = [i for i, counts in zip(ids, mask, strict=True) if counts]
     assert tokenizer.decode(learnt) == " Hi there.<|im_end|> Well, thank you.<|im_end|>"
     assert ids == render_prompt(tokenizer, TURNS[:-1]) + render_response(tokenizer, "Well, thank you.")
+
+
+@pytest.mark.parametrize("bos", [None, "<|im_end|>"])
+def test_role_tags_begin_with_no_bos_where_the_tokenizer_has_none_of_its_own(
+    bos: str | None, bare_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    bare_tokenizer.bos_token = bos  # GPT-2's is its eos
+    tokenizer = prepare_tokenizer(bare_tokenizer, "role-tags")
+    assert tokenizer.decode(render_prompt(tokenizer, TURNS[:1])) == "Human: Hello\n\nAssistant:"
 
 
 def test_chat_template_by_name_and_file(tmp_path: Path) -> None:

@@ -116,7 +116,8 @@ def test_sources_and_columns(write: Callable[..., Path]) -> None:
     path = write({"prompt": "q", "source": "web", "answer": 4, "note": None}, {"prompt": "r"})
     rows, _ = read_prompts([str(path), f"{path}#source=mine"])
     assert [row.source for row in rows] == ["web", "default", "mine", "mine"]
-    assert rows[0].columns == {"answer": 4, "note": None}
+    assert rows[0].columns == {"answer": 4, "note": None, "source": "web"} and rows[1].columns == {}
+    assert [row.columns["source"] for row in rows[2:]] == ["mine", "mine"]
     pair = write({**GOOD_PAIR, "source": "web"}, name="pairs.jsonl")
     assert [read(str(pair))[0][0].source for read in (read_pairs, read_dialogues, read_prompts)] == ["web"] * 3
 

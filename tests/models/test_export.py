@@ -123,7 +123,8 @@ def test_a_pad_is_found_for_any_tokenizer(tiny_tokenizer: Any) -> None:
     tiny_tokenizer.unk_token = None
     assert pad_that_ends_no_turn(tiny_tokenizer, 259) == 1
     tiny_tokenizer.unk_token = tiny_tokenizer.bos_token = tiny_tokenizer.eos_token
-    assert pad_that_ends_no_turn(tiny_tokenizer, 259) != tiny_tokenizer.eos_token_id
+    assert pad_that_ends_no_turn(tiny_tokenizer, 259) == 258  # the rarest, and no "!" as a low id would be
+    assert pad_that_ends_no_turn(tiny_tokenizer, 100) == 99
 
 
 def test_a_pad_beyond_the_embeddings_is_not_written(reward_model: Any, tiny_tokenizer: Any, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from ppomax.models.load import export_scalar, load_tokenizer, same_vocabulary
 from ppomax.rewards.model import RewardModel
 from ppomax.stages.inputs import compute_of
 from ppomax.stages.players import load_reward_model
-from ppomax.types import Message, token_batch
+from ppomax.types import Message, SetupError, token_batch
 
 TOLERANCE = 1e-4
 FLOAT32 = ModelConfig(dtype="float32")
@@ -118,6 +118,20 @@ def test_a_reward_model_of_another_template_reads_text_whatever_its_vocabulary(
     model = load_reward_model(str(tmp_path), tiny_tokenizer, compute_of(FLOAT32), FLOAT32)
     assert same_vocabulary(model.tokenizer, tiny_tokenizer) and not model.reads_ids
     assert model.score_text(PROMPTS, ANSWERS) == pytest.approx(model.score_rows(rows_of(other)), abs=TOLERANCE)
+
+
+def test_a_reward_model_without_a_template_is_given_one(
+    lively_reward: str, tiny_tokenizer: Any, tmp_path: Path
+) -> None:
+    export_scalar(scalar(lively_reward).model, load_tokenizer(lively_reward), tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    with pytest.raises(SetupError, match="it has no chat template"):
+        load_reward_model(str(tmp_path), tiny_tokenizer, compute_of(FLOAT32), FLOAT32)
+    given = FLOAT32.model_copy(update={"chat_template": "role-tags"})
+    model = load_reward_model(str(tmp_path), tiny_tokenizer, compute_of(FLOAT32), given)
+    assert not model.reads_ids and "Human: " in model.tokenizer.chat_template
+    own = load_reward_model(lively_reward, tiny_tokenizer, compute_of(FLOAT32), given)
+    assert "Human: " not in own.tokenizer.chat_template, "a template of its own stays"
 
 
 def test_a_foreign_reward_model_reads_text_through_its_own_template(foreign: str, tiny_tokenizer: Any) -> None:

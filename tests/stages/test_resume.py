@@ -283,6 +283,32 @@ def test_a_base_model_that_changed_in_between_is_refused(
     assert f"frozen model {base}: its weights changed" in capsys.readouterr().err.replace("\n", " ")
 
 
+@pytest.mark.parametrize("flag", ["--prompts", "--ptx-data"])
+def test_data_that_changed_in_between_is_refused(
+    flag: str, copied: Path, words: Words, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their number and order decide what an iteration reads, and what a buffer's responses answer."""
+    arguments = [*words("ppo", copied), "--resume"]
+    file = Path(arguments[arguments.index(flag) + 1])
+    original = file.read_bytes()
+    kept = {name: (copied / name).read_bytes() for name in ("metrics.jsonl", "data.json")}
+    try:
+        file.write_bytes(b"".join(original.splitlines(keepends=True)[1:]))
+        assert main(arguments) == 2
+    finally:
+        file.write_bytes(original)
+    assert "data: found other rows than those that this run began with" in capsys.readouterr().err.replace("\n", " ")
+    assert {name: (copied / name).read_bytes() for name in kept} == kept
+
+
+def test_an_unknown_best_metric_is_found_on_resuming_too(
+    copied: Path, words: Words, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*words("ppo", copied), "--resume", "--save.keep-best", "gold_men"]) == 2
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert "save.keep_best: found 'gold_men'; did you mean 'gold_mean'?" in said
+
+
 def test_an_unfinished_run_is_not_gone_on_with_by_chance(
     copied: Path, words: Words, uninterrupted: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -45,7 +45,9 @@ class ScoreConfig(Schema):
     by_source: bool = Field(
         default=False, description="Normalise every source (helpful, harmless) by a history of its own."
     )
-    clip: float | None = Field(default=5.0, gt=0, description="δ of eq. 18: bound of the normalised score; None: off.")
+    clip: float | None = Field(
+        default=5.0, gt=0, description="δ of eq. 18: bound of the score, after normalising if that is on; None: off."
+    )
     scale: bool = Field(
         default=False,
         description="Reward scaling: divide token rewards by the rolling std of the discounted return, instead of"

@@ -12,7 +12,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInf
 class Schema(BaseModel):
     """A frozen configuration that refuses unknown keys and numbers that are none.
 
-    One string will do where several are taken, and a leading ~ is the home directory, as in a shell.
+    One string will do where several are taken, and a leading ~ is the home directory, as in a shell. A group of
+    settings is laid over the field's own default, as flags and files do it: what it does not say stays.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
@@ -20,12 +21,26 @@ class Schema(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _as_written(cls, value: Any, info: ValidationInfo) -> Any:
-        annotation = cls.model_fields[info.field_name or ""].annotation
+        field = cls.model_fields[info.field_name or ""]
+        annotation = field.annotation
+        if isinstance(field.default, Schema) and isinstance(value, Schema | dict):
+            return _laid_over(field.default, value)
         if isinstance(value, str) and get_origin(annotation) is tuple:
             value = (value,)
         if isinstance(value, list | tuple):
             return tuple(_at_home(item) for item in value)
         return _at_home(value)
+
+
+def _laid_over(default: Schema, given: Schema | dict[str, Any]) -> dict[str, Any]:
+    values: dict[str, Any] = {name: getattr(default, name) for name in type(default).model_fields}
+    said = {name: getattr(given, name) for name in given.model_fields_set} if isinstance(given, Schema) else given
+    for name, value in said.items():
+        below = values.get(name)
+        if isinstance(below, Schema) and isinstance(value, Schema | dict):
+            value = _laid_over(below, value)
+        values[name] = value
+    return values
 
 
 def _at_home(value: Any) -> Any:

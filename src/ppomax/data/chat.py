@@ -25,8 +25,10 @@ CHATML = (
     "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '\\n<|im_start|>assistant\\n' }}{% endif %}"
 )
-# No blank after the cue "Assistant:": the first token of an answer carries it, as in running text.
+# A bos where the tokenizer has one of its own: models were trained with it at the start. No blank after the cue
+# "Assistant:": the first token of an answer carries it, as in running text.
 ROLE_TAGS = (
+    "{% if bos_token and bos_token != eos_token %}{{ bos_token }}{% endif %}"
     "{% for message in messages %}{% if not loop.first %}{{ '\\n\\n' }}{% endif %}"
     "{% if message['role'] == 'assistant' %}{{ 'Assistant: ' + message['content'] | trim + eos_token }}"
     "{% else %}{{ ('Human: ' if message['role'] == 'user' else '') + message['content'] | trim }}{% endif %}"

@@ -59,6 +59,8 @@ def read_prompts(specs: str | Sequence[str]) -> tuple[list[Prompt], ReadReport]:
         messages, used, notes = found
         schemas.check_prompt(messages)
         columns = {key: value for key, value in row.fields.items() if key not in used and key != "source"}
+        if row.source or row.fields.get("source"):
+            columns["source"] = _source(row)
         return [Prompt(messages, prompt_key(messages), _source(row), columns, row.weight)], notes
 
     return _read(specs, convert)

@@ -85,8 +85,11 @@ def model_directory(name: str) -> str:
     return name
 
 
-def load_tokenizer(name: str, template: str | None = None) -> Any:
-    """The tokenizer of a model directory or hub name, ready for dialogues (`data.chat.prepare_tokenizer`)."""
+def load_tokenizer(name: str, template: str | None = None, *, otherwise: str | None = None) -> Any:
+    """The tokenizer of a model directory or hub name, ready for dialogues (`data.chat.prepare_tokenizer`).
+
+    template: instead of its own chat template; otherwise: where it has none.
+    """
     where = model_directory(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False)
@@ -97,7 +100,7 @@ def load_tokenizer(name: str, template: str | None = None) -> Any:
     if len(tokenizer) == 0 or tokenizer.eos_token_id is None:
         found = "an empty vocabulary" if len(tokenizer) == 0 else "no eos token"
         raise SetupError(f"{name}: the tokenizer has {found}; expected tokenizer files with an eos token")
-    return prepare_tokenizer(tokenizer, template)
+    return prepare_tokenizer(tokenizer, template if tokenizer.chat_template else template or otherwise)
 
 
 def load_config(name: str) -> dict[str, Any]:
@@ -206,7 +209,8 @@ def pad_that_ends_no_turn(tokenizer: Any, vocabulary: int) -> int:
     for candidate in preferred:
         if candidate is not None and candidate != eos and candidate < vocabulary:
             return int(candidate)
-    return 0 if eos != 0 else 1
+    # The last ones are the rarest in text; to transformers a pad is a special token wherever its letters stand.
+    return next(i for i in range(min(vocabulary, len(tokenizer)) - 1, -1, -1) if i != eos)
 
 
 def ending_at_eos(tokenizer: Any) -> str | None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ppomax.config import ModelConfig, SamplingConfig
 from ppomax.data.chat import fit_dialogue, fit_prompt, render_dialogue, render_prompt, render_response
@@ -27,6 +29,21 @@ class Tokens:
 
     ids: tuple[int, ...]
     mask: tuple[bool, ...]
+
+
+def fingerprint(*parts: Iterable[tuple[Sequence[int], object]]) -> str:
+    """16 hex digits that tell rows of data apart, their order too; a row is its ids and whatever else matters of it."""
+    digest = hashlib.sha256()
+    for rows in parts:
+        for ids, rest in rows:
+            digest.update(np.asarray(ids, dtype=np.int64).tobytes() + repr(rest).encode("utf-8", "backslashreplace"))
+        digest.update(b"end of part")
+    return digest.hexdigest()[:16]
+
+
+def of_dialogues(rows: Iterable[Tokens]) -> Iterable[tuple[Sequence[int], object]]:
+    """Rows of dialogues for `fingerprint`."""
+    return ((row.ids, sum(row.mask)) for row in rows)
 
 
 @dataclass(frozen=True)

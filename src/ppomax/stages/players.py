@@ -104,7 +104,7 @@ def load_reward_model(
 
     by_text: text in any case; what a stop string ends has no eos, which its template puts there.
     """
-    own = load_tokenizer(spec)
+    own = load_tokenizer(spec, otherwise=config.chat_template)
     model = load_scalar_lm(spec, compute)
     reads_ids = reads_alike(own, tokenizer) and not by_text
     length = getattr(model.config, "max_position_embeddings", None) or 4096

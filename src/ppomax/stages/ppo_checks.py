@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ppomax.config import PPOConfig
+from ppomax.config import KLConfig, ObjectiveConfig, PPOConfig
 from ppomax.engine import world
 from ppomax.types import SetupError
 
@@ -57,6 +57,9 @@ def _advantage_conflicts(config: PPOConfig) -> list[Conflict]:
     return [
         (critic.init is None and config.needs_critic, "critic.init",
          "None, but the advantage or the baseline needs a critic; expected 'reward', 'policy' or a directory"),
+        (critic.init is not None and not config.needs_critic and config.score.truncated != "bootstrap", "critic.init",
+         f"{critic.init}, but with advantage {config.advantage} and baseline {config.baseline} nothing reads a critic; "
+         "expected None, and critic.pretrain_iterations 0"),
         (critic.init is None and critic.pretrain_iterations > 0, "critic.pretrain_iterations",
          f"{critic.pretrain_iterations} without a critic; expected 0"),
         (tolerance is not None and critic.pretrain_iterations < least, "critic.pretrain_tolerance",
@@ -97,6 +100,9 @@ def _sampling_conflicts(config: PPOConfig) -> list[Conflict]:
 def _reward_conflicts(config: PPOConfig) -> list[Conflict]:
     score, kl = config.score, config.kl
     return [
+        (score.length_free > 0 and score.length_penalty is None, "score.length_free",
+         f"{score.length_free} without score.length_penalty"),
+        (kl.horizon != KLConfig().horizon and kl.target is None, "kl.horizon", f"{kl.horizon:g} without kl.target"),
         (config.critic.init is None and score.truncated == "bootstrap", "score.truncated",
          "bootstrap without a critic, whose value it takes; expected score"),
         (score.missing_eos_penalty is not None and score.truncated == "bootstrap", "score.missing_eos_penalty",
@@ -129,15 +135,26 @@ def _objective_conflicts(config: PPOConfig) -> list[Conflict]:
          f"{getattr(objective, name)} with objective trpo, whose step has no room for it; expected None")
         for name in ("entropy_weight", "importance_cap", "target_kl")
     ]  # fmt: skip
+    default = ObjectiveConfig()
+    others = [
+        (objective.kind != kind and getattr(objective, name) != getattr(default, name), f"objective.{name}",
+         f"{getattr(objective, name):g} with objective {objective.kind}, which has none; only {kind} reads it"
+         + (" (objective.target_kl ends an iteration early)" if name == "max_kl" else ""))
+        for name, kind in (("penalty", "penalty"), ("max_kl", "trpo"), ("cg_iterations", "trpo"), ("damping", "trpo"),
+                           ("backtracks", "trpo"))
+    ]  # fmt: skip
     return [
         *ignored,
         *of_trpo,
+        *others,
         (config.buffer > 1 and objective.importance_cap is None, "buffer",
          f"{config.buffer} without objective.importance_cap, whose weights make up for the age of what is learnt again;"
          " give one, e.g. 2"),
-        (objective.kind == "policy_gradient" and (config.minibatch < config.rollout_batch or config.epochs > 1),
-         "objective.kind", f"policy_gradient with {config.rollout_batch // config.minibatch * config.epochs} steps an "
-         "iteration, and no ratio to make up for the earlier ones; expected minibatch = rollout_batch and epochs 1"),
+        (objective.kind == "policy_gradient"
+         and (config.minibatch < config.rollout_batch or config.epochs > 1 or config.buffer > 1), "objective.kind",
+         f"policy_gradient with {config.rollout_batch // config.minibatch * config.epochs * config.buffer} steps an "
+         "iteration, and no ratio to make up for the earlier ones; expected minibatch = rollout_batch, epochs 1 and "
+         "buffer 1"),
         (trpo and config.compute.compiled, "compute.compiled",
          "True with objective trpo, which differentiates twice; expected False"),
         (trpo and config.kl.place == "loss", "kl.place", "loss with objective trpo; expected reward"),

@@ -36,7 +36,9 @@ from ppomax.stages.inputs import (
     compute_of,
     context_limit,
     dialogue_tokens,
+    fingerprint,
     fitted_prompts,
+    of_dialogues,
     required,
     sampling_of,
     trained_of,
@@ -212,10 +214,14 @@ def prepare(run: Session, config: PPOConfig, reward: RewardFunction | None) -> J
     _print_plan(run, job, str(read), ptx_report)
     job.engine = _engine(run, job, longest)
     run.rehearse(_state_bytes(optimisers))
-    run.describe(data_card(read.report, {"prompts": Part(read.prompts, [*map(len, read.ids)])}, fitted=read.fitted))
     models = [term.reward.name for term in players.terms if isinstance(term.reward, RewardModel)]
     starts = [config.policy, config.reference, config.critic.init if config.critic.init not in START_WORDS else None]
-    restored = run.restore(frozen=[*filter(None, starts), *models], empty=lambda: _empty_state(optimisers))
+    asked = ((row, (p.messages, sorted(p.columns.items()))) for row, p in zip(prompt_ids, prompts, strict=True))
+    restored = run.restore(
+        frozen=[*filter(None, starts), *models], data=fingerprint(asked, of_dialogues(ptx)),
+        empty=lambda: _empty_state(optimisers),
+    )  # fmt: skip
+    run.describe(data_card(read.report, {"prompts": Part(read.prompts, [*map(len, read.ids)])}, fitted=read.fitted))
     if restored is not None:
         _restore(job, *restored)
         job.history = [row for row in read_metrics(run.run.metrics) if row["iteration"] < job.start]
@@ -315,6 +321,7 @@ def _print_plan(run: Session, job: Job, report: str, ptx_report: str) -> None:
         {
             "prompts": f"{report}; {passes:.2f} passes",
             "rewards": " + ".join(f"{t.weight:g} × {t.name}" for t in players.terms),
+            "scores": _scores(config),
             "iterations": f"{config.iterations}, the first {config.critic.pretrain_iterations} for the critic alone",
             "rollout": f"{config.rollout_batch} responses = {job.prompts_per_iteration} prompts × "
             f"{config.samples_per_prompt}, at most {config.sampling.max_new_tokens} tokens, temperature "
@@ -331,6 +338,15 @@ def _print_plan(run: Session, job: Job, report: str, ptx_report: str) -> None:
             "memory": f"weights {_gib(weights)}, masters and moments {_gib(states)}, checkpoint {_gib(states)}",
         },
     )
+
+
+def _scores(config: PPOConfig) -> str:
+    score = config.score
+    if score.scale:
+        return "divided by the rolling std of the discounted return"
+    how = "by source, " if score.by_source else ""
+    found = f"normalised {how}by the history" if score.normalise else "as they come"
+    return found if score.clip is None else f"{found}, cut to ±{score.clip:g}"
 
 
 def _distinct_parameters(players: Players) -> list[Tensor]:

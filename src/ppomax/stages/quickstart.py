@@ -35,7 +35,7 @@ from ppomax.stages.reward import reward
 from ppomax.stages.sft import sft
 
 DATA = files("ppomax.data") / "quickstart"
-SAMPLING = SamplingConfig(max_new_tokens=40, temperature=0.75, max_rows=512)
+SAMPLING = SamplingConfig(max_new_tokens=40, temperature=0.75, top_p=None, repetition_penalty=None, max_rows=512)
 TIE = 0.05
 SAMPLES = 6
 # Answers made worse, so that the reward model sees what PPO would find otherwise: loops of kind words, for every other

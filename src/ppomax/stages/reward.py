@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -29,7 +29,7 @@ from ppomax.monitor.clock import step_row
 from ppomax.monitor.log import without_nan
 from ppomax.rl.objectives import nll_loss
 from ppomax.rl.preference import ranking_accuracy, ranking_loss
-from ppomax.stages.inputs import RankedTokens, compute_of, context_limit, trained_of, training_of
+from ppomax.stages.inputs import RankedTokens, compute_of, context_limit, fingerprint, trained_of, training_of
 from ppomax.stages.nonfinite import NONFINITE_IN_A_ROW, failed_step, failures_after
 from ppomax.stages.reward_data import reward_rows
 from ppomax.stages.reward_report import heldout_summary, judged_pairs, sample_rows, write_samples
@@ -83,15 +83,16 @@ def _train(run: Session, config: RewardConfig) -> dict[str, Any]:
         },
     )
     run.rehearse(size)
+    seen = fingerprint(*map(_of_rankings, (rows, heldout, data.test)))
+    restored = run.restore(frozen=[config.model], data=seen, empty=optimiser.empty_state)
     run.describe(data.card)
-    restored = run.restore(frozen=[config.model], empty=optimiser.empty_state)
     start = failures = 0
     if restored is not None:
         optimiser.load_state_tensors(restored[0])
         start, failures = int(restored[1]["step"]) + 1, restored[1].get("failures", 0)
     # States that are read once are not worth keeping.
     states = _states(model, rows, config.compute.tokens_per_microbatch) if steps > len(first) else None
-    held_states = _states(model, heldout, config.compute.tokens_per_microbatch)
+    held_states = _states(model, heldout, config.compute.tokens_per_microbatch) if heldout else None
     batches = _batches(rows, config, steps)
     with run.progress(steps, done=start) as advance:
         for step in range(start, steps):
@@ -140,6 +141,15 @@ def reward_player(name: str, compute: Compute, config: RewardConfig, *, trained:
         del causal
     model = load_scalar_lm(name, loading(compute, config.compute), fresh_head_seed=config.seed)
     return Scalar(model, trained=trained, unembedding=unembedding, **training_of(config.compute, config.seed))
+
+
+def _of_rankings(rows: Sequence[RankedTokens]) -> Iterable[tuple[Sequence[int], object]]:
+    """Rankings for `fingerprint`."""
+    return (
+        ([*row.prompt, *(i for response in row.responses for i in response)],
+         ([len(response) for response in row.responses], row.pairs, row.gaps))
+        for row in rows
+    )  # fmt: skip
 
 
 def _count(rows: Sequence[RankedTokens]) -> str:

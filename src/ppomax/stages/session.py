@@ -68,12 +68,14 @@ class Session:
     stop_requested: signal.Signals | None = None
     earlier_seconds: float = 0.0
     frozen: dict[str, str] = field(default_factory=dict)
+    data: str = ""
     console: Console = field(default_factory=lambda: Console(stderr=True, highlight=False, quiet=not world.is_first()))
     log: MetricsLog | None = None
     wait_minutes: float = 30
     at_end: ExitStack = field(default_factory=ExitStack)
     # What `save.keep_best` was at its best, larger being better, and in which row.
     best: tuple[float, int] = (-math.inf, -1)
+    best_is_known: bool = False
     saving: Background = field(default_factory=Background)
 
     def finished(self) -> dict[str, Any] | None:
@@ -110,14 +112,15 @@ class Session:
         return max(most - len(checkpoints(self.run.checkpoints)), 1)
 
     def restore(
-        self, frozen: Sequence[str], empty: Callable[[], Mapping[str, Tensor]]
+        self, frozen: Sequence[str], data: str, empty: Callable[[], Mapping[str, Tensor]]
     ) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """Tensors and state of the newest intact checkpoint, if the run goes on from one.
 
         frozen: the models whose weights the run reads but no checkpoint holds; they must be those it began with.
+        data: what identifies the rows that it reads, which must be the same as well.
         empty: tensors, sharded as the run has them, that several processes read the checkpoint's into.
         """
-        self.frozen = world.first(lambda: {name: weights_hash(name) for name in frozen})
+        self.frozen, self.data = world.first(lambda: {name: weights_hash(name) for name in frozen}), data
         path = world.first(self._newest)
         last = -1
         restored = None
@@ -125,6 +128,11 @@ class Session:
             restored = load_checkpoint(path, like=empty() if world.size() > 1 else None)
             for name, fingerprint in restored[1]["frozen"].items():
                 world.first(partial(expect_same_weights, "frozen model", name, fingerprint))
+            if restored[1].get("data", data) != data:
+                raise SetupError(
+                    "data: found other rows than those that this run began with, expected the same: their order and "
+                    "number decide what each step reads. Restore the files, or begin anew with --fresh"
+                )
             last = int(restored[1][self.unit])
             self.earlier_seconds = float(restored[1].get("seconds", 0.0))
             self.console.print(f"going on from {path}", markup=False)
@@ -177,7 +185,7 @@ class Session:
             return
         self.meet(f"checkpoint of {self.unit} {number}")
         tensors, values = state()
-        values = {**values, self.unit: number, "seconds": self.seconds(), "frozen": self.frozen}
+        values = {**values, self.unit: number, "seconds": self.seconds(), "frozen": self.frozen, "data": self.data}
         name = f"{self.unit}-{number}"
         spare: list[str] = []
         self.saving.settle()
@@ -225,6 +233,7 @@ class Session:
         return -value if key.startswith("-") else value
 
     def _compare(self, row: Mapping[str, Any]) -> None:
+        self.best_is_known |= isinstance(row.get((self.save.keep_best or "").removeprefix("-")), int | float)
         good = self._goodness(row)
         if good is not None and good > self.best[0]:
             self.best = good, row[self.unit]
@@ -253,7 +262,8 @@ class Session:
         """Write one row of measurements; `restore` has opened the log."""
         self._compare(row)
         best = (self.save.keep_best or "").removeprefix("-")
-        if best and row[self.unit] == 0 and not isinstance(row.get(best), int | float):
+        # While the critic learns alone, measures of the policy's updates are still to come.
+        if best and not self.best_is_known and row.get("phase") != "critic":
             known = sorted(key for key, value in row.items() if isinstance(value, int | float))
             raise SetupError(f"save.keep_best: found {best!r}{nearest(best, known)} Known here: {', '.join(known)}")
         if not world.is_first():

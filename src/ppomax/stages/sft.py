@@ -23,7 +23,17 @@ from ppomax.models.shard import loading, shard
 from ppomax.models.trunk import trunk_states, with_states
 from ppomax.monitor.clock import step_row
 from ppomax.rl.objectives import nll_loss
-from ppomax.stages.inputs import Tokens, compute_of, context_limit, dialogue_tokens, required, trained_of, training_of
+from ppomax.stages.inputs import (
+    Tokens,
+    compute_of,
+    context_limit,
+    dialogue_tokens,
+    fingerprint,
+    of_dialogues,
+    required,
+    trained_of,
+    training_of,
+)
 from ppomax.stages.nonfinite import NONFINITE_IN_A_ROW, failed_step, failures_after
 from ppomax.stages.session import Session, session
 from ppomax.types import TokenBatch, Work, token_batch
@@ -61,9 +71,10 @@ def _train(run: Session, config: SFTConfig) -> dict[str, Any]:
         },
     )
     run.rehearse(size)
+    data = fingerprint(of_dialogues(rows), of_dialogues(heldout))
+    restored = run.restore(frozen=[config.model], data=data, empty=optimiser.empty_state)
     parts = {"learn": Part(learn, _lengths(rows)), "heldout": Part(held, _lengths(heldout))}
     run.describe(data_card(report, parts, fitted=cut))
-    restored = run.restore(frozen=[config.model], empty=optimiser.empty_state)
     start = failures = 0
     if restored is not None:
         optimiser.load_state_tensors(restored[0])

@@ -281,8 +281,6 @@ def _ptx_rows(ptx: Sequence[Tokens], step: int, config: PPOConfig) -> list[Token
     if not ptx or config.ptx_weight is None:
         return []
     size = config.ptx_batch or config.minibatch
-    chosen = []
-    for position in range(step * size, (step + 1) * size):
-        epoch, within = divmod(position, len(ptx))
-        chosen.append(ptx[epoch_order(len(ptx), seed=config.seed + 1, epoch=epoch)[within]])
-    return chosen
+    places = [divmod(position, len(ptx)) for position in range(step * size, (step + 1) * size)]
+    orders = {epoch: epoch_order(len(ptx), seed=config.seed + 1, epoch=epoch) for epoch, _ in places}
+    return [ptx[orders[epoch][within]] for epoch, within in places]
