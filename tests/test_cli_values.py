@@ -127,11 +127,6 @@ def test_a_group_is_checked_all_the_same(changes: dict[str, Any]) -> None:
         ({"objective": ObjectiveConfig(penalty=2.0)}, "only penalty reads it"),
         ({"score": ScoreConfig(length_free=9)}, "length_free: found 9 without score.length_penalty"),
         ({"kl": KLConfig(horizon=77.0)}, "kl.horizon: found 77 without kl.target"),
-        (
-            {"buffer": 2, "epochs": 1, "minibatch": 128,
-             "objective": ObjectiveConfig(kind="policy_gradient", importance_cap=2.0)},
-            "policy_gradient with 2 steps",
-        ),
     ],
 )  # fmt: skip
 def test_what_would_do_nothing_is_refused(changes: dict[str, Any], message: str) -> None:

@@ -18,7 +18,7 @@ from ppomax.stages.inputs import compute_of
 from ppomax.types import DataError, Message, SetupError
 
 FLOAT32 = ModelConfig(dtype="float32")
-SAMPLING = SamplingConfig(max_new_tokens=6)
+SAMPLING = SamplingConfig(max_new_tokens=6, temperature=1.0)
 TINY = ChatConfig(model="tiny", sampling=SAMPLING, compute=FLOAT32)
 
 

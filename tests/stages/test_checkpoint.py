@@ -182,3 +182,11 @@ def test_an_unknown_metric_is_found_at_the_first_row(trained: Trained, toys: Toy
     with pytest.raises(SetupError, match="save.keep_best: found 'kl_per_sequenc'; did you mean 'kl_per_sequence'?"):
         ppo(config)
     assert not config.run_dir.exists()
+
+
+def test_a_measure_of_the_policy_may_be_named_although_the_critic_learns_first(
+    trained: Trained, toys: Toys, tmp_path: Path
+) -> None:
+    config = ppo_config(tmp_path / "run", trained.sft, toys.prompts, save=SaveConfig(every=1, keep_best="-policy_loss"))
+    ppo(config)
+    assert "policy_loss" not in metrics(config.run_dir)[0]

@@ -81,7 +81,7 @@ def test_a_callable_sees_messages_texts_and_the_rows_columns(trained: Trained, t
     assert len(prompts) == len(responses) == 16
     assert [p[-1]["content"][0] for p in prompts] == wish
     assert prompts[0::2] == prompts[1::2]
-    assert set(others) == {"response_ids"}
+    assert set(others) == {"response_ids", "source"} and set(others["source"]) == {"even", "odd"}
     assert [len(ids) > 0 for ids in others["response_ids"]] == [True] * 16
     rows = [json.loads(line) for line in (config.run_dir / "samples.jsonl").read_text().splitlines()]
     assert [row["response"] for row in rows[:8]] == responses[:8]

@@ -57,9 +57,6 @@ def _advantage_conflicts(config: PPOConfig) -> list[Conflict]:
     return [
         (critic.init is None and config.needs_critic, "critic.init",
          "None, but the advantage or the baseline needs a critic; expected 'reward', 'policy' or a directory"),
-        (critic.init is not None and not config.needs_critic and config.score.truncated != "bootstrap", "critic.init",
-         f"{critic.init}, but with advantage {config.advantage} and baseline {config.baseline} nothing reads a critic; "
-         "expected None, and critic.pretrain_iterations 0"),
         (critic.init is None and critic.pretrain_iterations > 0, "critic.pretrain_iterations",
          f"{critic.pretrain_iterations} without a critic; expected 0"),
         (tolerance is not None and critic.pretrain_iterations < least, "critic.pretrain_tolerance",
@@ -72,6 +69,9 @@ def _advantage_conflicts(config: PPOConfig) -> list[Conflict]:
          "samples_per_prompt", f"1 with baseline {config.baseline}; expected at least 2"),
         (config.advantage == "rewards_to_go" and config.baseline == "group_normalise", "baseline",
          "group_normalise with advantage rewards_to_go; expected advantage whole_return"),
+        (critic.init is not None and not config.needs_critic and config.score.truncated != "bootstrap", "critic.init",
+         f"{critic.init}, but with advantage {config.advantage} and baseline {config.baseline} nothing reads a critic; "
+         "expected None, and critic.pretrain_iterations 0"),
     ]  # fmt: skip
 
 
@@ -150,11 +150,9 @@ def _objective_conflicts(config: PPOConfig) -> list[Conflict]:
         (config.buffer > 1 and objective.importance_cap is None, "buffer",
          f"{config.buffer} without objective.importance_cap, whose weights make up for the age of what is learnt again;"
          " give one, e.g. 2"),
-        (objective.kind == "policy_gradient"
-         and (config.minibatch < config.rollout_batch or config.epochs > 1 or config.buffer > 1), "objective.kind",
-         f"policy_gradient with {config.rollout_batch // config.minibatch * config.epochs * config.buffer} steps an "
-         "iteration, and no ratio to make up for the earlier ones; expected minibatch = rollout_batch, epochs 1 and "
-         "buffer 1"),
+        (objective.kind == "policy_gradient" and (config.minibatch < config.rollout_batch or config.epochs > 1),
+         "objective.kind", f"policy_gradient with {config.rollout_batch // config.minibatch * config.epochs} steps an "
+         "iteration, and no ratio to make up for the earlier ones; expected minibatch = rollout_batch and epochs 1"),
         (trpo and config.compute.compiled, "compute.compiled",
          "True with objective trpo, which differentiates twice; expected False"),
         (trpo and config.kl.place == "loss", "kl.place", "loss with objective trpo; expected reward"),

@@ -57,6 +57,10 @@ _GO_ON = "To go on: the same command with --resume (quickstart: the same command
 TrainingConfig: TypeAlias = SFTConfig | RewardConfig | PPOConfig
 
 
+# Measures that PPO has none of while the critic learns alone.
+OF_POLICY_UPDATES = ("policy_loss", "clip_fraction", "approx_kl", "ratio_max", "ptx_loss", "grad_norm_policy")
+
+
 @dataclass
 class Session:
     """One training run in progress. Of several processes the first one writes and prints; all call the same methods."""
@@ -262,8 +266,8 @@ class Session:
         """Write one row of measurements; `restore` has opened the log."""
         self._compare(row)
         best = (self.save.keep_best or "").removeprefix("-")
-        # While the critic learns alone, measures of the policy's updates are still to come.
-        if best and not self.best_is_known and row.get("phase") != "critic":
+        to_come = row.get("phase") == "critic" and best in OF_POLICY_UPDATES
+        if best and not self.best_is_known and not to_come:
             known = sorted(key for key, value in row.items() if isinstance(value, int | float))
             raise SetupError(f"save.keep_best: found {best!r}{nearest(best, known)} Known here: {', '.join(known)}")
         if not world.is_first():
