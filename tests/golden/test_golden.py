@@ -13,13 +13,14 @@ from golden.record import GOLDEN, golden_run
 
 # The run adds in one order on every x86 processor: recorded with AVX-512, on an emulated AMD processor with AVX2
 # nineteen iterations were equal bit for bit, and one number of the other was off by a relative 8e-8 (tests/golden/record.py
-# in qemu 7.2, -cpu EPYC-Milan). Another version of PyTorch may bring other libraries.
-RECORDED_WITH = "2.13."
-SAME, OTHER = {"rel": 1e-5, "abs": 1e-6}, {"rel": 5e-2, "abs": 5e-3}
-TOLERANCE = SAME if torch.__version__.startswith(RECORDED_WITH) else OTHER
+# in qemu 7.2, -cpu EPYC-Milan). Another kind of processor, or another version of PyTorch with other libraries, may add
+# in another order: a relative 1e-7 an operation, which updates enlarge. The first seven iterations have all that one may
+# have in them; any change of an algorithm is far larger there, too.
+SAME, CLOSE, LATER = {"rel": 1e-5, "abs": 1e-6}, {"rel": 1e-3, "abs": 1e-4}, {"rel": 5e-2, "abs": 5e-3}
+ADDS_ALIKE = torch.__version__.startswith("2.13.") and platform.machine() in ("x86_64", "AMD64")
+TOLERANCES = [SAME] * 20 if ADDS_ALIKE else [CLOSE] * 7 + [LATER] * 13
 
 
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="recorded for x86 processors")
 def test_twenty_iterations_of_ppo_max_are_those_recorded(tmp_path: Path) -> None:
     expected = json.loads(GOLDEN.read_text(encoding="utf-8"))
     found = golden_run(tmp_path)
@@ -28,7 +29,7 @@ def test_twenty_iterations_of_ppo_max_are_those_recorded(tmp_path: Path) -> None
         f"iteration {i}, {name}: found {row.get(name)}, recorded {old.get(name)}"
         for i, (row, old) in enumerate(zip(found, expected, strict=True))
         for name in sorted({*row, *old})
-        if row.get(name) != pytest.approx(old.get(name), **TOLERANCE)
+        if row.get(name) != pytest.approx(old.get(name), **TOLERANCES[i])
     ]
     assert not moved, "\n".join(
         [f"{len(moved)} numbers moved; if they should: make golden, and a line in CHANGELOG.md.", *moved[:12]]

@@ -9,9 +9,10 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from ppomax.config.schema import Schema, laid_over
 from ppomax.errors import SetupError
 
-C = TypeVar("C", bound=BaseModel)
+C = TypeVar("C", bound=Schema)
 
 
 def overlay(base: C, values: dict[str, Any], *, origin: str) -> C:
@@ -21,7 +22,7 @@ def overlay(base: C, values: dict[str, Any], *, origin: str) -> C:
     """
     _refuse_unknown(type(base), values, origin, prefix="")
     try:
-        return type(base).model_validate(_merge(type(base), base.model_dump(), values))
+        return type(base).model_validate(laid_over(base, values))
     except ValidationError as error:
         lines = [f"  {'.'.join(map(str, e['loc']))}: {e['msg']} (found {e['input']!r})" for e in error.errors()]
         raise SetupError(f"{origin}: not a valid {type(base).__name__}:\n" + "\n".join(lines)) from None
@@ -59,29 +60,11 @@ def _refuse_unknown(schema: type[BaseModel], values: dict[str, Any], origin: str
             raise SetupError(
                 f"{origin}: unknown key '{prefix}{key}'{nearest(str(key), known)} Known here: {', '.join(known)}"
             )
-        child = _inner(schema, key)
-        if child is None:
+        child = schema.model_fields[key].annotation
+        if not (isinstance(child, type) and issubclass(child, BaseModel)):
             continue
         if not isinstance(value, dict | BaseModel):
             inside = ", ".join(child.model_fields)
             raise SetupError(f"{origin}: {prefix}{key}: found {value!r}, expected settings of its own: {inside}")
         if isinstance(value, dict):
             _refuse_unknown(child, value, origin, prefix=f"{prefix}{key}.")
-
-
-def _merge(schema: type[BaseModel], base: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
-    """Settings are laid over settings; any other value, a mapping of sources too, takes the place of what was there."""
-    merged = dict(base)
-    for key, value in values.items():
-        inner = _inner(schema, key)
-        if inner is not None and isinstance(value, dict) and isinstance(merged.get(key), dict):
-            merged[key] = _merge(inner, merged[key], value)
-        else:
-            merged[key] = value
-    return merged
-
-
-def _inner(schema: type[BaseModel], key: str) -> type[BaseModel] | None:
-    """The schema of a field that holds settings of its own."""
-    annotation = schema.model_fields[key].annotation
-    return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None

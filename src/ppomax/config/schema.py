@@ -24,7 +24,7 @@ class Schema(BaseModel):
         field = cls.model_fields[info.field_name or ""]
         annotation = field.annotation
         if isinstance(field.default, Schema) and isinstance(value, Schema | dict):
-            return _laid_over(field.default, value)
+            return laid_over(field.default, value)
         if isinstance(value, str) and get_origin(annotation) is tuple:
             value = (value,)
         if isinstance(value, list | tuple):
@@ -32,13 +32,15 @@ class Schema(BaseModel):
         return _at_home(value)
 
 
-def _laid_over(default: Schema, given: Schema | dict[str, Any]) -> dict[str, Any]:
+def laid_over(default: Schema, given: Schema | dict[str, Any]) -> dict[str, Any]:
+    """`default` with what was said in the place of what it says: settings are laid over settings, any other value, a
+    mapping of sources too, takes the place of what was there."""
     values: dict[str, Any] = {name: getattr(default, name) for name in type(default).model_fields}
     said = {name: getattr(given, name) for name in given.model_fields_set} if isinstance(given, Schema) else given
     for name, value in said.items():
         below = values.get(name)
         if isinstance(below, Schema) and isinstance(value, Schema | dict):
-            value = _laid_over(below, value)
+            value = laid_over(below, value)
         values[name] = value
     return values
 

@@ -182,8 +182,7 @@ def _report(run: Run, config: EvaluateConfig, systems: Systems, after: Answers, 
     compared_rows = [i for i, n in enumerate(pool.rollout.sample_B.tolist()) if n < config.samples_per_prompt]
     before = _take(pool, compared_rows)
     # What was sampled is kept if a judge fails.
-    run.samples.unlink(missing_ok=True)
-    append_samples(run.samples, _sample_rows(before, after, (None, None), (None, None)))
+    _write_samples(run, _sample_rows(before, after, (None, None), (None, None)))
     groups = [prompt.key for prompt in after.rollout.prompts]
     sources = [prompt.source for prompt in after.rollout.prompts]
     nll_before, _ = _read(systems.baseline, None, before.rollout, config)
@@ -215,8 +214,7 @@ def _report(run: Run, config: EvaluateConfig, systems: Systems, after: Answers, 
     summary = without_nan(summary)
     first = next(iter(systems.judges), None)
     rows = _sample_rows(before, after, (judged[0].get(first or ""), judged[1].get(first or "")), rewards)
-    run.samples.unlink(missing_ok=True)
-    append_samples(run.samples, rows)
+    _write_samples(run, rows)
     _write_table(run, rows)
     write_json_atomic(run.summary, summary)
     write_report(run.path)
@@ -335,6 +333,11 @@ def _sample_rows(
                 row |= {f"{name}_before": pair[0][i], f"{name}_after": pair[1][i]}
         rows.append(row)
     return rows
+
+
+def _write_samples(run: Run, rows: Sequence[Mapping[str, Any]]) -> None:
+    run.samples.unlink(missing_ok=True)
+    append_samples(run.samples, rows)
 
 
 def _write_table(run: Run, rows: Sequence[Mapping[str, Any]]) -> None:

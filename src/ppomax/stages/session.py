@@ -55,8 +55,6 @@ _EXIT = {signal.SIGINT: 130, signal.SIGTERM: 0}
 _GO_ON = "To go on: the same command with --resume (quickstart: the same command)"
 
 TrainingConfig: TypeAlias = SFTConfig | RewardConfig | PPOConfig
-
-
 # Measures that PPO has none of while the critic learns alone.
 OF_POLICY_UPDATES = ("policy_loss", "clip_fraction", "approx_kl", "ratio_max", "ptx_loss", "grad_norm_policy")
 
@@ -231,13 +229,17 @@ class Session:
     def _goodness(self, row: Mapping[str, Any]) -> float | None:
         """What `save.keep_best` says of a row, larger being better; None where it says nothing."""
         key = self.save.keep_best or ""
-        value = row.get(key.removeprefix("-"))
+        value = row.get(self._best_metric)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             return None
         return -value if key.startswith("-") else value
 
+    @property
+    def _best_metric(self) -> str:
+        return (self.save.keep_best or "").removeprefix("-")
+
     def _compare(self, row: Mapping[str, Any]) -> None:
-        self.best_is_known |= isinstance(row.get((self.save.keep_best or "").removeprefix("-")), int | float)
+        self.best_is_known |= isinstance(row.get(self._best_metric), int | float)
         good = self._goodness(row)
         if good is not None and good > self.best[0]:
             self.best = good, row[self.unit]
@@ -265,10 +267,9 @@ class Session:
     def append(self, row: Mapping[str, Any]) -> None:
         """Write one row of measurements; `restore` has opened the log."""
         self._compare(row)
-        best = (self.save.keep_best or "").removeprefix("-")
-        to_come = row.get("phase") == "critic" and best in OF_POLICY_UPDATES
-        if best and not self.best_is_known and not to_come:
-            known = sorted(key for key, value in row.items() if isinstance(value, int | float))
+        best, early = self._best_metric, row.get("phase") == "critic"
+        if best and not self.best_is_known and not (early and best in OF_POLICY_UPDATES):
+            known = sorted(key for key in row if isinstance(row[key], int | float))
             raise SetupError(f"save.keep_best: found {best!r}{nearest(best, known)} Known here: {', '.join(known)}")
         if not world.is_first():
             return
