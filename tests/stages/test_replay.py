@@ -124,6 +124,13 @@ def test_a_reward_model_with_a_weight_that_is_none_is_found_out(trained: Trained
         reward(reward_config(tmp_path / "with-lm", base, toys.pairs))
 
 
+def test_a_reward_model_that_gives_no_numbers_is_named(trained: Trained, toys: Toys, tmp_path: Path) -> None:
+    """Before its scores reach the moments that all later ones are normalised by."""
+    spoilt = spoilt_copy(trained.reward, tmp_path / "spoilt")
+    with pytest.raises(SetupError, match=r"spoilt: found nan as the score of response 0 \(such scores: 16 of 16\)"):
+        ppo(ppo_config(tmp_path / "run", trained.sft, toys.prompts, reward=(spoilt,)))
+
+
 SPOILT = "model.layers.1.mlp.up_proj.weight"
 
 

@@ -11,7 +11,7 @@ import torch
 from ppomax.data.chat import fit_prompt, render_prompt, render_response
 from ppomax.engine import world
 from ppomax.models.players import Scalar, at_end
-from ppomax.types import Message, TokenBatch, Work, token_batch
+from ppomax.types import Message, SetupError, TokenBatch, Work, token_batch
 
 
 @dataclass(frozen=True)
@@ -68,4 +68,15 @@ class RewardModel:
             if weight:
                 score_B[members] = scores
         world.fill(score_B)
-        return score_B.tolist()
+        return self.expect_numbers(score_B).tolist()
+
+    def expect_numbers(self, score_B: torch.Tensor) -> torch.Tensor:
+        """The scores as they are; NaN or infinity among them is a SetupError."""
+        wrong = torch.nonzero(~torch.isfinite(score_B)).flatten().tolist()
+        if wrong:
+            raise SetupError(
+                f"reward {self.name}: found {score_B[wrong[0]].item()} as the score of response {wrong[0]} (such scores: "
+                f"{len(wrong)} of {len(score_B)}), expected finite numbers. Its weights are damaged, or its states "
+                f"too large for its precision: --compute.dtype float32 tells which"
+            )
+        return score_B

@@ -184,6 +184,9 @@ def score(
             if micro.counts:
                 read_B[term.name][index] = score_B
     world.fill(reference_BR, *read_B.values())
+    for term in readers:
+        assert isinstance(term.reward, RewardModel)
+        term.reward.expect_numbers(read_B[term.name])
     components |= read_B
     scored = ScoredRollouts(
         rollout, now.logprobs_BR, reference_BR, now.values_BR, weighted_sum(players.terms, components), components,
