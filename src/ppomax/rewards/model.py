@@ -75,8 +75,8 @@ class RewardModel:
         wrong = torch.nonzero(~torch.isfinite(score_B)).flatten().tolist()
         if wrong:
             raise SetupError(
-                f"reward {self.name}: found {score_B[wrong[0]].item()} as the score of response {wrong[0]} (such scores: "
-                f"{len(wrong)} of {len(score_B)}), expected finite numbers. Its weights are damaged, or its states "
-                f"too large for its precision: --compute.dtype float32 tells which"
+                f"reward {self.name}: found {score_B[wrong[0]].item()} as the score of response {wrong[0]} (such "
+                f"scores: {len(wrong)} of {len(score_B)}), expected finite numbers. Its weights are damaged, or its "
+                "states too large for its precision: --compute.dtype float32 tells which"
             )
         return score_B

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import signal
-import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any, TypeAlias
 
 from rich.console import Console
@@ -34,11 +30,12 @@ from ppomax.engine.checkpoint import (
 )
 from ppomax.engine.durable import disk_errors, sync_folder, write_json_atomic
 from ppomax.engine.rundir import Run, open_run, save_final
-from ppomax.errors import Interrupted, NonFiniteError, SaveError, first_line
+from ppomax.errors import NonFiniteError, SaveError, first_line
 from ppomax.monitor.log import MetricsLog, drop_rows_after, read_metrics, unbroken_rows
 from ppomax.monitor.progress import Advance, progress
 from ppomax.monitor.report import write_report
 from ppomax.stages.inputs import expect_same_weights, weights_hash
+from ppomax.stages.stopping import Stop, asking_to_stop, interrupted
 from ppomax.types import DataError, SetupError
 
 # Settings that may differ between a run and its resumption: they do not change the result, beyond rounding.
@@ -49,10 +46,6 @@ NEUTRAL = (
     "compute.tokens_per_microbatch", "compute.gradient_checkpointing", "sampling.max_rows", "sampling.max_cache_tokens",
 )  # fmt: skip
 NONFINITE = "nonfinite"
-
-# What a stopped run ends with: 130 as shells expect of Ctrl-C; 0 for a scheduler, to which anything else is a failure.
-_EXIT = {signal.SIGINT: 130, signal.SIGTERM: 0}
-_GO_ON = "To go on: the same command with --resume (quickstart: the same command)"
 
 TrainingConfig: TypeAlias = SFTConfig | RewardConfig | PPOConfig
 # Measures that PPO has none of while the critic learns alone.
@@ -67,7 +60,7 @@ class Session:
     save: SaveConfig
     unit: str
     started: float = field(default_factory=time.monotonic)
-    stop_requested: signal.Signals | None = None
+    stop: Stop = field(default_factory=Stop)
     earlier_seconds: float = 0.0
     frozen: dict[str, str] = field(default_factory=dict)
     data: str = ""
@@ -182,7 +175,7 @@ class Session:
         """
         self.saving.settle(wait=False)
         due = (number + 1) % self.save.every == 0 or last or self.best[1] == number
-        stop = int(world.largest(self.stop_requested or 0))
+        stop = int(world.largest(self.stop.by or 0))
         if not due and not stop:
             return
         self.meet(f"checkpoint of {self.unit} {number}")
@@ -204,10 +197,7 @@ class Session:
         else:
             save()
         if stop and not last:
-            raise Interrupted(
-                f"stopped after {self.unit} {number} and saved in {self.run.checkpoints}. {_GO_ON}",
-                code=_EXIT[signal.Signals(stop)],
-            )
+            raise interrupted(stop, f"stopped after {self.unit} {number} and saved in {self.run.checkpoints}")
 
     def _sync_rows(self) -> None:
         if self.log is not None:
@@ -243,6 +233,11 @@ class Session:
         good = self._goodness(row)
         if good is not None and good > self.best[0]:
             self.best = good, row[self.unit]
+
+    def say_stopping(self) -> None:
+        """Tell that Ctrl-C or SIGTERM was heard."""
+        warning = f"\nstopping: finishing this {self.unit}, then saving (again: stop at once)"
+        self.console.print(warning, style="yellow")
 
     def finish(self, export: Callable[[Path], None], summary: Mapping[str, Any]) -> dict[str, Any]:
         """Write final/, summary.json and report.html."""
@@ -338,7 +333,9 @@ def session(verb: str, config: TrainingConfig, *, unit: str, resume: bool, fresh
             )
         current = Session(run, config.save, unit, wait_minutes=minutes)
         try:
-            with _asking_to_stop(current):
+            with asking_to_stop(
+                current.stop, say=current.say_stopping, grace=config.save.grace, kept=str(run.checkpoints)
+            ):
                 yield current
         except NonFiniteError as error:
             raise _kept(current, error) from error
@@ -357,43 +354,3 @@ def _kept(current: Session, error: NonFiniteError) -> NonFiniteError:
     except SaveError as failure:
         said = f"The batch could not be kept: {failure}"
     return NonFiniteError(f"{error}. {said}", error.tensors, error.state)
-
-
-@contextmanager
-def _asking_to_stop(current: Session) -> Iterator[None]:
-    """The first signal asks for a save. A second one, or the end of SIGTERM's grace, stops at once."""
-    over = threading.Event()
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        if current.stop_requested:
-            raise KeyboardInterrupt
-        current.stop_requested = signal.Signals(number)
-        warning = f"\nstopping: finishing this {current.unit}, then saving (again: stop at once)"
-        current.console.print(warning, style="yellow")
-        if number == signal.SIGTERM and current.save.grace is not None:
-            threading.Thread(target=_end_of_grace, args=(current.save.grace, over), daemon=True).start()
-
-    handlers = {}
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                handlers[number] = signal.signal(number, ask)
-            except ValueError:  # not in the main thread: the caller's handlers stay
-                break
-        yield
-    except KeyboardInterrupt:
-        if current.stop_requested != signal.SIGTERM:
-            raise
-        raise Interrupted(
-            f"stopped at once; nothing after the last checkpoint in {current.run.checkpoints} is kept. {_GO_ON}",
-            code=_EXIT[signal.SIGTERM],
-        ) from None
-    finally:
-        over.set()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-
-
-def _end_of_grace(seconds: float, over: threading.Event) -> None:
-    if not over.wait(seconds):
-        os.kill(os.getpid(), signal.SIGTERM)
