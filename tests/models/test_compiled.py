@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -105,6 +107,16 @@ def test_a_run_is_exported_and_replayed_as_written(lively: str) -> None:
     player, _, _ = player_of(settings, "final", FLOAT32)
     player(several_per_prompt())
     assert not player.compiled and counters["stats"]["unique_graphs"] == 0
+
+
+@pytest.mark.parametrize("kind", ["zero2", "zero3"])
+def test_a_stack_without_layers_cannot_be_sharded(
+    kind: Literal["zero2", "zero3"], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    player = policy(save_model("gpt2", tmp_path), trained=True)
+    monkeypatch.setattr(world, "size", lambda: 2)
+    with pytest.raises(SetupError, match=f"compute.shard: found {kind} with GPT2Model.*; expected none"):
+        shard(player, FLOAT32, ModelConfig(shard=kind))
 
 
 def test_what_cannot_be_compiled_is_refused_before_the_first_step(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -11,8 +12,9 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from models.architectures import policy, save_model
 from ppomax.models.load import Compute, export, export_scalar, load_causal_lm, load_scalar_lm
-from ppomax.models.lora import ADAPTER, Lora, has_adapters, merged_state
+from ppomax.models.lora import ADAPTER, Lora, add_adapters, has_adapters, merged_state
 from ppomax.models.players import Policy, Scalar
 from ppomax.types import SetupError, TokenBatch, token_batch
 
@@ -135,3 +137,14 @@ def test_the_head_alone() -> None:
 def test_adapters_and_a_head_alone_contradict_each_other() -> None:
     with pytest.raises(SetupError, match="lora_rank: found 4 with train_layers 0"):
         Scalar(load_scalar_lm("tiny", FLOAT32, fresh_head_seed=0), train_layers=0, trained=True, lora=LORA)
+
+
+def test_a_stack_that_adapters_cannot_go_into_is_refused_and_not_trained_whole(tmp_path: Path) -> None:
+    with pytest.raises(
+        SetupError, match="lora_rank: found 4 with GPT2LMHeadModel, which has no list of decoder layers"
+    ):
+        policy(save_model("gpt2", tmp_path), trained=True, lora=LORA)
+    without_maps = nn.Module()
+    without_maps.layers = nn.ModuleList([nn.LayerNorm(4)])
+    with pytest.raises(SetupError, match="lora_rank: found no linear map in the decoder layers of Module"):
+        add_adapters(without_maps, SimpleNamespace(layers=without_maps.layers), LORA, first_layer=0)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from models.architectures import BFLOAT16, batch_of, make_model, policy, ragged, reloaded, scalar
 from ppomax.engine.optimiser import Optimiser
-from ppomax.models.players import Player, Policy, Scalar, at_end, at_responses, response_mask
+from ppomax.models.players import Player, Policy, Scalar, at_end, at_responses, expect_equal_rows, response_mask
 from ppomax.types import SetupError, TokenBatch, token_batch
 
 TOLERANCE = 1e-5
@@ -295,3 +295,12 @@ def test_impossible_train_layers_name_the_range(lively: str, layers: int) -> Non
 def test_a_scalar_player_needs_a_score_head() -> None:
     with pytest.raises(SetupError, match="has no linear `score` head"):
         Scalar(make_model("llama"), train_layers=None, trained=False)
+
+
+def test_an_exact_kl_needs_as_many_rows_on_both_sides(lively: str) -> None:
+    """Models of one tokenizer may differ in the rows that pad it."""
+    plain, padded = policy(lively), policy(lively)
+    padded.model.resize_token_embeddings(272, mean_resizing=False)
+    expect_equal_rows(plain, policy(lively), what="kl", instead="take k1")
+    with pytest.raises(SetupError, match="^kl: found 272 rows in its unembedding, expected 259 .*; take k1$"):
+        expect_equal_rows(plain, padded, what="kl", instead="take k1")

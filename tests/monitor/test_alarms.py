@@ -79,6 +79,56 @@ def test_a_phrase_share_that_is_high_from_the_start_is_not_a_collapse() -> None:
     assert [alarm.name for alarm in check(rows)] == ["top_opening_share"]
 
 
+@pytest.mark.parametrize("start", [0.8, 0.55])
+def test_a_limit_that_always_cuts_most_answers_is_named_from_the_first_row_on(start: float) -> None:
+    rows = [{"iteration": i + 1, "truncated_share": start} for i in range(8)]
+    for upto in (1, 3, 8):
+        (alarm,) = check(rows[:upto])
+        assert (alarm.name, alarm.limit, alarm.severity) == ("truncated_share", 0.5, "warn")
+        assert "sampling.max_new_tokens" in alarm.message
+    assert check([{"iteration": 1, "truncated_share": 0.49}]) == []
+
+
+def test_scores_that_were_all_alike_have_no_spread_to_measure_by() -> None:
+    rows = [{"iteration": i + 1, "score_mean": 1.0, "score_std": 0.0} for i in range(3)]
+    rows += [{"iteration": i + 1, "score_mean": 1.1, "score_std": 0.01} for i in range(3, 8)]
+    assert check(rows) == []
+
+
+@pytest.mark.parametrize(
+    ("responses", "share", "fires"),
+    [
+        (8, 1 / 8, False),  # one of the 24 that the window has: 4 %, but one
+        (8, 2 / 8, True),  # two of 24
+        (100, 7 / 100, True),  # seven of 300: 2.3 %
+        (100, 5 / 100, False),  # five of 300: 1.7 %
+        (1, 1.0, False),  # one of three is a third, and no reason to stop
+    ],
+)
+def test_a_single_broken_answer_is_no_alarm(responses: int, share: float, fires: bool) -> None:
+    rows = [{"iteration": i, "response_length": 20.0, "tokens/generated": 20 * responses, "degenerate_share": 0.0}
+            for i in range(5)]  # fmt: skip
+    rows[-1]["degenerate_share"] = share
+    assert [alarm.name for alarm in check(rows)] == ["degenerate_share"] * fires
+
+
+@pytest.mark.parametrize(("length", "warn", "stop"), [(20.0, 15.0, 60.0), (64.0, 15.0, 60.0), (256.0, 60.0, 240.0)])
+def test_long_answers_may_be_further_away(length: float, warn: float, stop: float) -> None:
+    for count in (1, 5):
+        rows = [{"iteration": i, "response_length": length, "kl_per_sequence": warn - 0.1} for i in range(count)]
+        assert check(rows) == []
+        rows = [row | {"kl_per_sequence": warn + 0.1} for row in rows]
+        assert [(a.severity, a.limit) for a in check(rows)] == [("warn", warn)]
+        rows = [row | {"kl_per_sequence": stop + 0.1} for row in rows]
+        assert [(a.severity, a.limit) for a in check(rows)] == [("stop", stop)]
+
+
+def test_growing_answers_do_not_raise_the_kl_limits() -> None:
+    rows = [{"iteration": i, "response_length": 64.0, "kl_per_sequence": 1.0} for i in range(3)]
+    rows += [{"iteration": i, "response_length": 110.0, "kl_per_sequence": 15.1} for i in range(3, 8)]
+    assert [alarm.limit for alarm in check(rows)] == [15.0]
+
+
 def test_the_stop_limits_replace_the_warning() -> None:
     (drift,) = check(history("kl_per_sequence", 61.0))
     (broken,) = check(history("degenerate_share", 0.21))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import pytest
 
 from ppomax.monitor.preferences import (
@@ -14,6 +15,7 @@ from ppomax.monitor.preferences import (
     by_length,
     calibration,
     calibration_error,
+    calibration_error_by_chance,
     notable,
     summary_of,
     verdict,
@@ -59,6 +61,32 @@ def test_a_calibrated_model_has_no_error() -> None:
     assert calibration_error(calibration(pairs, bins=1)) == pytest.approx(0.0, abs=1e-12)
 
 
+def flagged(pairs: list[JudgedPair]) -> bool:
+    return any("calibration error" in reason for reason in summary_of(pairs)["fit_for_ppo"]["reasons"])
+
+
+@pytest.mark.parametrize(("stretch", "least", "most"), [(1.0, 0.0, 0.1), (4.0, 0.9, 1.0)])
+def test_noise_of_few_pairs_is_no_miscalibration(stretch: float, least: float, most: float) -> None:
+    """100 pairs whose true log-odds are margin / stretch: a calibrated model, and one four times as sure as it may be."""
+    random = np.random.default_rng(7)
+    shares = []
+    for _ in range(60):
+        odds = random.normal(0.8, 1.0, size=100)
+        # The pair's label is right with probability sigmoid(odds); a wrong label turns the margin round.
+        signs = np.where(random.random(100) < 1 / (1 + np.exp(-odds)), 1.0, -1.0)
+        pairs = [pair(float(stretch * m * s), group=i) for i, (m, s) in enumerate(zip(odds, signs, strict=True))]
+        shares.append(flagged(pairs))
+    assert least <= np.mean(shares) <= most
+
+
+def test_the_error_by_chance_is_that_of_one_coin() -> None:
+    # One group of one pair that is 0.75 sure: right, error 0.25, in 3 of 4 draws, else 0.75; the 95 % quantile is 0.75.
+    assert calibration_error_by_chance([pair(logit(0.75))]) == pytest.approx(0.75)
+    # 1600 pairs in one group: the error is |mean of coins - 0.75|, sd 0.0108, below 1.96 sd in 95 %.
+    many = calibration_error_by_chance([pair(logit(0.75), group=i) for i in range(1600)], bins=1)
+    assert many == pytest.approx(1.96 * math.sqrt(0.75 * 0.25 / 1600), rel=0.15)
+
+
 def test_groups_by_length_are_equally_large_and_ordered() -> None:
     pairs = [pair(1.0 if longer > 0 else -1.0, longer=longer) for longer in (9, -3, 4, -8)]
     assert by_length(pairs, bins=2) == [
@@ -78,6 +106,15 @@ def test_the_summary_of_a_model_that_counts_tokens() -> None:
     assert any("whose shorter answer is better" in reason for reason in summary["fit_for_ppo"]["reasons"])
 
 
+def test_the_pairs_of_each_kind_are_counted() -> None:
+    pairs = [
+        pair(m, longer=n, group=i) for i, (m, n) in enumerate([(4.0, 1), (-4.0, 2), (0.1, 3), (5.0, -1), (0.2, 0)])
+    ]
+    counted = summary_of(pairs)
+    names = ("longer_preferred_pairs", "shorter_preferred_pairs", "confident_pairs")
+    assert [counted[name] for name in names] == [3, 1, 3]
+
+
 def test_confident_mistakes_are_among_the_confident_pairs_only() -> None:
     pairs = [pair(4.0, group=1), pair(-4.0, group=2), pair(-0.1, group=3), pair(-0.1, group=4)]
     assert summary_of(pairs)["confident_mistakes"] == 0.5
@@ -92,6 +129,7 @@ def test_sources_are_told_apart() -> None:
 GOOD: dict[str, Any] = {
     "heldout_pairs": 500, "accuracy": 0.8, "accuracy_ci95": [0.76, 0.84], "length_only_accuracy": 0.55,
     "accuracy_if_longer_preferred": 0.85, "accuracy_if_shorter_preferred": 0.75, "calibration_error": 0.03,
+    "longer_preferred_pairs": 20, "shorter_preferred_pairs": 20, "confident_pairs": 20, "calibration_error_by_chance": 0.05,
     "calibration": [{"confidence": 0.78, "accuracy": 0.8, "pairs": 500.0}], "confident_mistakes": 0.02,
 }  # fmt: skip
 
@@ -106,8 +144,13 @@ GOOD: dict[str, Any] = {
         ({"accuracy_if_shorter_preferred": 0.4}, "with care", "PPO will write longer ones"),
         ({"accuracy_if_longer_preferred": 0.4}, "with care", "PPO will write shorter ones"),
         ({"accuracy_if_shorter_preferred": math.nan}, "yes", "about as sure as it is right"),
+        ({"accuracy_if_shorter_preferred": 0.4, "shorter_preferred_pairs": 19}, "yes", "about as sure"),
+        ({"accuracy_if_longer_preferred": 0.4, "longer_preferred_pairs": 19}, "yes", "about as sure"),
         ({"calibration_error": 0.2}, "with care", "78% sure, but right in 80%"),
+        ({"calibration_error": 0.2, "calibration_error_by_chance": 0.21}, "yes", "about as sure"),
+        ({"calibration_error": 0.09}, "yes", "about as sure"),
         ({"confident_mistakes": 0.3}, "with care", "Wrong in 30%"),
+        ({"confident_mistakes": 0.3, "confident_pairs": 19}, "yes", "about as sure"),
     ],
 )
 def test_the_verdict_and_its_reason(changes: dict[str, Any], answer: str, word: str) -> None:

@@ -109,13 +109,15 @@ def test_the_headline_numbers_are_those_of_the_summary(quickstart_page: str) -> 
     assert numbers == [
         ("85%", "win rate, gold judge", "95% interval 80% to 90%"),
         ("86%", "reward model accuracy", "of held-out pairs; guessing gives 50%"),
-        ("6.1", "KL to the start", "nats per response"),
+        ("6.1", "KL to the reference", "nats per response"),
         ("18 \u2192 21", "response length", "tokens, before and after"),
         ("7 min 12 s", "wall time", "24 PPO iterations"),
     ]
-    assert "The trained model is better than the model it started from" in html
+    assert (
+        "The policy is better than the baseline that it is compared with: on the given prompts, the gold judge" in html
+    )
     assert "kept its variety and its topic" in html
-    assert "<td>best of 4 (no PPO)</td>" in html
+    assert "<td>best of 4 of the baseline</td>" in html
     assert "iterations 22 to 24, 3 times" in html
 
 
@@ -128,11 +130,79 @@ def test_the_verdict_says_what_went_wrong(tmp_path: Path) -> None:
     assert "kept its variety" not in html
     assert "2 h 05 min" in html
     html = _report(_write_summary(tmp_path, {"gold": gold | {"ci95": [0.4, 0.49]}}))
-    assert "is worse than the model it started from" in html
+    assert "The policy is worse than the baseline" in html
     few = {"opening_before": 0.25, "opening_after": 0.25}  # each of four answers opens in its own way
     assert "open with the same words" not in _report(_write_summary(tmp_path, {"gold": gold, **few}))
+    cut = {"truncated_before": 0.1, "truncated_after": 0.4}  # 25 points more is where the alarm begins
+    assert "The length limit cut 40% of the answers: raise sampling.max_new_tokens." in _report(
+        _write_summary(tmp_path, {"gold": gold, **cut})
+    )
+    always = {"truncated_before": 0.8, "truncated_after": 0.8}
+    assert "The length limit cut 80%" in _report(_write_summary(tmp_path, {"gold": gold, **always}))
+    few = {"truncated_before": 0.2, "truncated_after": 0.4}
+    html = _report(_write_summary(tmp_path, {"gold": gold, **few}))
+    assert "The length limit cut" not in html
+    assert "<td>answers cut by the length limit</td>" in html
     grown = {"opening_before": 0.02, "opening_after": 0.25}
     assert "25% of the answers open with the same words" in _report(_write_summary(tmp_path, {"gold": gold, **grown}))
+
+
+def test_the_accuracy_is_never_that_of_a_training_batch(tmp_path: Path) -> None:
+    rows = [{"step": i, "ranking_loss": 0.5, "loss": 0.5, "accuracy": 0.99} for i in range(3)]
+    assert "reward model accuracy" not in _report(_write_metrics(tmp_path / "unwatched", rows))
+    watched = _write_metrics(tmp_path / "watched", [*rows, {"step": 3, "heldout_accuracy": 0.64, "accuracy": 0.98}])
+    assert '<div class="value">64%</div><div class="label">reward model accuracy</div>' in _report(watched)
+    _write_summary(watched, {"accuracy": 0.71, "heldout_accuracy": 0.66})
+    assert '<div class="value">71%</div><div class="label">reward model accuracy</div>' in _report(watched)
+
+
+def test_the_reward_models_own_opinion_is_no_success(tmp_path: Path) -> None:
+    better = {"win": 0.9, "tie": 0.0, "lose": 0.1, "win_rate": 0.9, "ci95": [0.85, 0.95]}
+    html = _report(_write_summary(tmp_path, {"reward": better | {"by_source": {"a": better}}}))
+    assert "The policy is better" not in html
+    assert "Only the reward model compares policy and baseline" in html
+    assert "For a policy that was trained on this score it is no evidence: name a --judge" in html
+    assert re.search(r'<div class="number plain">\s*<div class="value">90%</div>', html)
+    html = _report(_write_summary(tmp_path, {"reward": better, "gold": better}))
+    assert "The policy is better" in html and "no evidence" not in html
+    assert re.search(r'<div class="number good">\s*<div class="value">90%</div>', html)
+
+
+def test_judges_and_sources_keep_their_names(tmp_path: Path) -> None:
+    rates = [{"win": w, "tie": 0.0, "lose": 1 - w, "win_rate": w, "ci95": [w - 0.1, w + 0.1]} for w in (0.6, 0.7, 0.8)]
+    first = rates[2] | {"by_source": {"my_source": rates[0]}}
+    judges = {"my_judge": first, "gold": rates[0], "plain": rates[1]}  # the first one named is `gold`
+    _write_summary(tmp_path / "evaluate", {"judges": judges, "gold": first, "reward": rates[1]})
+    html = _report(_write_summary(tmp_path, {"gold": first, "reward": rates[1], "gold_guarded": rates[0]}))
+    names = re.findall(r"<tr><td>([^<]*)</td><td class=\"figure\">\d+%</td>", html)
+    assert names == ["judge my_judge", "judge my_judge, source my_source", "reward model", "judge gold", "judge plain"]
+    assert '<div class="value">80%</div><div class="label">win rate, judge my_judge</div>' in html
+
+
+def test_runs_side_by_side_took_the_sum_of_their_times(tmp_path: Path) -> None:
+    for stage, seconds in (("sft", 100.0), ("reward", 200.5), ("ppo", 3000)):
+        _write_metrics(tmp_path / stage, [{"step": 0, "loss": 1.0}])
+        _write_summary(tmp_path / stage, {"wall_seconds": seconds})
+    _write_summary(tmp_path / "evaluate", {"kl_per_sequence": 1.0})
+    assert '<div class="value">55 min 00 s</div><div class="label">wall time</div>' in _report(tmp_path)  # 3300.5 s
+    _write_summary(tmp_path, {"wall_seconds": 61.0})
+    assert '<div class="value">1 min 01 s</div>' in _report(tmp_path)
+
+
+@pytest.mark.parametrize(("length", "tone"), [(64.0, "bad"), (128.0, "plain")])
+def test_a_kl_is_far_for_the_length_of_the_answers(tmp_path: Path, length: float, tone: str) -> None:
+    html = _report(_write_summary(tmp_path, {"kl_per_sequence": 20.0, "length_before": length, "length_after": 64.0}))
+    assert re.search(rf'<div class="number {tone}">\s*<div class="value">20.0</div>', html)
+
+
+def test_the_evaluation_asserts_no_more_than_it_knows(quickstart_page: str) -> None:
+    chapter = quickstart_page.partition('<section id="evaluate">')[2].partition('<section id="glossary">')[0]
+    assert "Two models answered the same prompts" in chapter
+    assert "neither was trained on" not in chapter and "before PPO" not in chapter and "after PPO" not in chapter
+
+
+def test_a_run_may_be_named_by_a_string(quickstart: Path) -> None:
+    assert write_report(str(quickstart)) == quickstart / "report.html"
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:

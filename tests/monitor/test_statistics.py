@@ -4,6 +4,8 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ppomax.monitor.statistics import correlation, histogram, win_rate
 from ppomax.types import DataError
@@ -34,6 +36,31 @@ def test_interval_is_of_groups_and_not_of_rows() -> None:
     assert repeated.ci95 == pytest.approx(single.ci95)
     # The binomial standard error is sqrt(0.25 / 200) = 0.0354, and 1.96 of them to each side.
     assert single.ci95[1] - single.ci95[0] == pytest.approx(2 * 1.96 * 0.0354, abs=0.01)
+
+
+@pytest.mark.parametrize("groups", [2, 5, 40])
+def test_a_clean_sweep_is_not_certain(groups: int) -> None:
+    """Wilson's interval of n wins of n begins at n / (n + 1.96²), that of none at 0."""
+    begin = groups / (groups + 1.96**2)
+    names = [i // 3 for i in range(3 * groups)]
+    all_won = win_rate([1.0] * 3 * groups, [0.0] * 3 * groups, tie=0, groups=names)
+    assert all_won.ci95 == (pytest.approx(begin, abs=1e-5), 1.0)
+    none_won = win_rate([0.0] * 3 * groups, [1.0] * 3 * groups, tie=0, groups=names)
+    assert none_won.ci95 == (0.0, pytest.approx(1 - begin, abs=1e-5))
+
+
+def test_the_interval_is_wilsons_where_that_is_wider() -> None:
+    # All 20 comparisons tie, one a prompt: (0.5 + 0.5 * z) / (1 + z) in the middle, z = 1.96² / 20 = 0.19208, and to each
+    # side 1.96 * sqrt(0.25 / 20 + 0.19208 / 80) / 1.19208 = 0.20071.
+    tied = win_rate([1.0] * 20, [1.0] * 20, tie=0, groups=range(20))
+    assert tied.ci95 == pytest.approx((0.5 - 0.20071, 0.5 + 0.20071), abs=1e-4)
+
+
+@given(st.lists(st.sampled_from([0.0, 1.0, 2.0]), min_size=1, max_size=12), st.integers(1, 4))
+def test_the_interval_contains_the_rate(scores: list[float], per_group: int) -> None:
+    found = win_rate(scores, [1.0] * len(scores), tie=0, groups=[i // per_group for i in range(len(scores))])
+    assert 0 <= found.ci95[0] <= found.win_rate <= found.ci95[1] <= 1
+    assert found.ci95[0] < found.ci95[1]
 
 
 def test_interval_is_deterministic_and_open_for_a_single_group() -> None:

@@ -90,6 +90,11 @@ def test_top_shares_find_the_stock_phrase_and_count_all_texts() -> None:
         ("", "No."),
         ("... !!", "12"),
         ("12 12 12 12", "3 + 4 = 7, 7 + 5 = 12"),
+        ("step step step step", "Step 1, step 2, step 3, step 4."),
+        ("The sides are cm, cm, cm, cm.", "The sides are 3 cm, 4 cm, 5 cm, 6 cm."),
+        ("x x x x = 120", "2 x 3 x 4 x 5 = 120"),
+        ("10 10 10 10", "The mask is 10.10.10.10, the price 1,000,000,000,000."),
+        ("1 2 3, 1 2 3, 1 2 3", "1 2 3, 4 5 6, 7 8 9"),
         ("---", "🎉"),
         ("да да да да", "Мы живём в большом доме, и да, нам там хорошо."),
         ("Nice\x07 day", "Nice\n\tday, 👩\u200d🌾"),
@@ -97,6 +102,7 @@ def test_top_shares_find_the_stock_phrase_and_count_all_texts() -> None:
         ("fun fun fun", "No, no!"),
         ("It is very very very very nice to see", "It is very, very, very nice to see"),
         ("fun we fun they fun she fun he fun", "fun we fun they had when she was there"),
+        ("one and one and one one one", "one and two, and one and one"),  # 5 of 7 words, 3 of 7
         ("I like dogs and cats. I like dogs and cats.", "I like dogs and cats. I like birds and some fish too."),
         ("哈哈哈哈", "我喜欢喝茶, 也喜欢看书。"),
     ],
@@ -114,6 +120,8 @@ def test_is_degenerate_on_both_sides_of_each_rule(bad: str, good: str) -> None:
         ("one two three four five six", 0.0),
         ("one two three, one two three", 1.0),
         ("x one two three y one two three", 0.75),
+        ("take 1 pill, take 2 pills, take 3 pills", 0.0),
+        ("go to 12, go to 12", 1.0),
         ("no no no no", 1.0),  # the phrase overlaps itself
     ],
 )

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from ppomax.rewards.callables import call, judged, limited, load_function, shared_columns
+from ppomax.rewards.callables import call, expect_takes, judged, limited, load_function, shared_columns
 from ppomax.types import DataError, Message, Prompt, SetupError
 
 PROMPTS = [(Message(role="user", content="one"),), (Message(role="user", content="two"),)]
@@ -86,6 +86,11 @@ def test_lists_of_lists_are_dense(given: Any) -> None:
         ("ab", "found str, expected a list"),
         ([1.0, math.nan], "scores, entry 1: found nan, expected a finite number"),
         ([math.inf, 0.0], "scores, entry 0: found inf"),
+        # Numbers, but none of float32, in which rewards are added up.
+        ([1.0, -1e39], "scores, entry 1: found -1e+39, expected a finite number, at most 3.4e+38"),
+        ([10**400, 0.0], "scores, entry 0: found inf"),
+        ([10**5000, 0.0], "scores, entry 0: found inf"),
+        ([[1.0], [1.0, 1e39, 2.0]], "response 1, entry 1: found 1e+39"),
         ([None, 0.0], "scores, entry 0: found None"),
         (["good", 0.0], "scores, entry 0: found 'good'"),
         ([1.0, [1.0, 2.0, 3.0]], "response 0: found 1.0 among lists"),
@@ -196,3 +201,36 @@ def test_a_judge_is_called_as_a_reward_is() -> None:
 def test_a_judge_that_gives_lists_is_refused(given: Any) -> None:
     with pytest.raises(DataError, match="judge mine: found a list for each response, expected one number each"):
         judged(lambda prompts, responses, **_: given, [asked("one"), asked("two")], RESPONSES, name="mine")
+
+
+class Scorer:
+    """A reward that is an object."""
+
+    def __call__(self, prompts: Any, responses: Any, topic: Any, **columns: Any) -> list[float]:
+        return [0.0] * len(responses)
+
+
+def test_what_can_be_called_as_rewards_are_is_taken() -> None:
+    def outside(prompts: Any, responses: Any, **columns: Any) -> list[float]:
+        return [0.0] * len(responses)
+
+    outside.__wrapped__ = len  # type: ignore[attr-defined]  # as functools.wraps leaves it: `outside` is what is called
+    for function in (outside, Scorer(), lambda prompts, responses, topic, response_ids: [], min):
+        expect_takes(function, ["topic"], what="reward mine")
+
+
+@pytest.mark.parametrize(
+    ("function", "why"),
+    [
+        (lambda prompts, responses: [], "got an unexpected keyword argument 'topic'"),
+        (lambda prompts, responses, topic: [], "got an unexpected keyword argument 'response_ids'"),
+        (lambda responses, **columns: [], "too many positional arguments"),
+        (lambda prompts, responses, gold, **columns: [], "missing a required argument: 'gold'"),
+    ],
+)
+def test_what_cannot_be_called_as_rewards_are_is_refused_before_it_is(function: Any, why: str) -> None:
+    message = (
+        f"reward mine: it cannot be called with (prompts, responses, topic=..., response_ids=...): {why}; expected"
+    )
+    with pytest.raises(SetupError, match=re.escape(f"{message} **columns")):
+        expect_takes(function, ["topic"], what="reward mine")

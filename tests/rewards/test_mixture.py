@@ -11,7 +11,7 @@ from models.architectures import scalar
 from ppomax.data.chat import render_prompt, render_response
 from ppomax.rewards.mixture import Term, is_function, parse_terms, score_texts, weighted_sum
 from ppomax.rewards.model import RewardModel
-from ppomax.types import Message, Prompt, Rollout, SetupError
+from ppomax.types import DataError, Message, Prompt, Rollout, SetupError
 
 TEXTS = ["abc", "de"]
 
@@ -117,3 +117,12 @@ def test_models_that_read_ids_are_left_to_the_ids(lively_reward: str, tiny_token
         for p, text in zip(rollout_of().prompts, TEXTS, strict=True)
     ]
     assert components["text"].tolist() == pytest.approx(model("x", True).reward.score_rows(rows), abs=1e-5)
+
+
+def test_sums_that_leave_float32_are_refused() -> None:
+    terms = [Term("one", 1.0, length), Term("other", 10.0, length)]
+    message = r"reward: response 1: found inf as 1 × one \+ 10 × other, expected a finite number"
+    with pytest.raises(DataError, match=message):
+        weighted_sum(terms, {"one": torch.tensor([1.0, 2.0]), "other": torch.tensor([1e37, 1e38])})
+    with pytest.raises(DataError, match="reward: response 0: found -inf as -10 × steps"):
+        score_texts([Term("steps", -10.0, lambda p, r, **c: [[1.0, 2.0, 1e38, 4.0], [5.0, 6.0]])], rollout_of(), TEXTS)

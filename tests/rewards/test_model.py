@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,28 @@ def test_trap_09_a_cut_response_gets_no_eos_from_being_read_as_text(own: RewardM
     assert by_text == pytest.approx(own.score_rows(cut), abs=TOLERANCE)
     ended = own.score_text(PROMPTS[:2], ANSWERS[:2])
     assert min(abs(a - b) for a, b in zip(by_text, ended, strict=True)) > 0.01
+
+
+def test_an_answer_that_the_tokenizer_draws_into_the_cue_is_read_apart_from_it(own: RewardModel) -> None:
+    """`Bot:` and `:)` make `::`, one token across the border; that ended runs in the middle."""
+    tokenizer = copy.deepcopy(own.tokenizer)
+    tokenizer.add_tokens(["::"])
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ 'Bot:' + m.content + eos_token if m.role == 'assistant' else m.content + '\\n' }}"
+        "{% endfor %}{{ 'Bot:' if add_generation_prompt }}"
+    )
+    model = RewardModel("merging", own.scalar, tokenizer, False, 150, 256)
+    with pytest.raises(SetupError, match="does not start with the ids of its own prefix"):
+        render_response(tokenizer, ":)")
+    prompts = [[Message(role="user", content="Well?")]] * 2
+    plain = tokenizer(":)", add_special_tokens=False)["input_ids"]
+    expected = (
+        [render_prompt(tokenizer, prompts[0])] * 2,
+        [[*plain, tokenizer.eos_token_id], render_response(tokenizer, "No")],
+    )
+    assert model.score_text(prompts, [":)", "No"]) == pytest.approx(
+        own.score_rows(list(zip(*expected, strict=True))), abs=TOLERANCE
+    )
 
 
 def test_a_reward_model_of_another_template_reads_text_whatever_its_vocabulary(

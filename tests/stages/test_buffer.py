@@ -66,7 +66,7 @@ def test_the_weighted_gradient_is_that_of_responses_sampled_today(trained: Train
     """
     alone: dict[str, Any] = {
         "critic": CriticConfig(init=None, pretrain_iterations=0), "advantage": "whole_return", "baseline": None,
-        "objective": ObjectiveConfig(kind="policy_gradient", importance_cap=1e6), "buffer": 2,
+        "objective": ObjectiveConfig(kind="surrogate", importance_cap=1e6), "buffer": 2,
         "score": ScoreConfig(normalise=False, clip=None), "kl": KLConfig(coefficient=None),
         "sampling": SamplingConfig(max_new_tokens=1), "rollout_batch": 16, "minibatch": 16,
     }  # fmt: skip

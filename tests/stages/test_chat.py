@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -125,6 +126,25 @@ def test_a_message_that_does_not_fit_ends_nothing(
     out = said(f"{'x' * 600}\nhello\n", TINY, capsys, monkeypatch)
     assert "does not fit into 506 tokens" in out.replace("\n", " ")
     assert len(out.splitlines()) > 2
+
+
+def test_what_one_of_two_models_cannot_read_neither_remembers(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, speaker: Speaker, tmp_path: Path
+) -> None:
+    speaker.policy.model.config.max_position_embeddings = 256
+    speaker.policy.model.save_pretrained(tmp_path)
+    speaker.tokenizer.save_pretrained(tmp_path)
+    seen: list[int] = []
+    told = render_prompt
+
+    def watch(tokenizer: Any, messages: Any) -> list[int]:
+        seen.append(len(messages))
+        return told(tokenizer, messages)
+
+    monkeypatch.setattr("ppomax.stages.chat.render_prompt", watch)
+    said(f"hello\n{'x' * 300}\nagain\n", TINY.model_copy(update={"against": str(tmp_path)}), capsys, monkeypatch)
+    # "hello" twice; the long one by the first model alone; then both know the first exchange and "again".
+    assert seen == [1, 1, 3, 3, 3]
 
 
 def test_two_models_answer_side_by_side_with_histories_of_their_own(

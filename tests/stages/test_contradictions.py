@@ -25,6 +25,13 @@ CONTRADICTIONS: dict[str, dict[str, Any]] = {
         "critic": CriticConfig(init=None, pretrain_iterations=1), "advantage": "whole_return", "baseline": None,
     },
     "samples_per_prompt: found 1 with baseline leave_one_out": {"advantage": "whole_return", "baseline": "leave_one_out"},
+    "samples_per_prompt: found 1 with baseline group_mean": {"advantage": "whole_return", "baseline": "group_mean"},
+    "rollout_batch: found 1 with baseline batch_mean": {
+        "advantage": "whole_return", "baseline": "batch_mean", "rollout_batch": 1, "minibatch": 1,
+    },
+    "whiten_advantages: found True with minibatch 1": {
+        "advantage": "whole_return", "whiten_advantages": True, "minibatch": 1,
+    },
     "baseline: found group_normalise with": {
         "advantage": "rewards_to_go", "baseline": "group_normalise", "samples_per_prompt": 2,
     },
@@ -34,6 +41,9 @@ CONTRADICTIONS: dict[str, dict[str, Any]] = {
     },
     "objective.kind: found policy_gradient with 4 steps an iteration": {
         "objective": ObjectiveConfig(kind="policy_gradient"), "rollout_batch": 16, "minibatch": 8, "epochs": 2,
+    },
+    "objective.kind: found policy_gradient with 3 steps an iteration": {
+        "objective": ObjectiveConfig(kind="policy_gradient", importance_cap=2.0), "minibatch": 16, "buffer": 3,
     },
     "score.clip: found 5.0 beside": {"score": ScoreConfig(scale=True, normalise=False)},
     "baseline: found batch_mean with advantage gae": {"baseline": "batch_mean"},

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
-from ppomax.config import CriticConfig, ModelConfig, OptimConfig, ScoreConfig
+from ppomax.config import CriticConfig, ModelConfig, OptimConfig, SaveConfig, ScoreConfig
 from ppomax.stages.ppo import ppo
 from ppomax.stages.reward import reward
 from ppomax.types import SetupError
@@ -119,6 +121,26 @@ def test_a_critic_from_a_reward_model_of_another_vocabulary_is_refused(
             ppo(config)
     config = ppo_config(tmp_path / "run", trained.sft, toys.prompts, reward=(spec,))  # its critic: from the policy
     assert ppo(config)["iterations"] == 3
+
+
+def test_a_value_loss_that_was_no_number_does_not_stand_in_the_way_of_resuming(
+    trained: Trained, toys: Toys, tmp_path: Path
+) -> None:
+    critic = CriticConfig(init="policy", pretrain_iterations=5, pretrain_tolerance=0.01, optim=OptimConfig(lr=5e-3))
+    config = ppo_config(
+        tmp_path / "run", trained.sft, toys.prompts, iterations=6, rollout_batch=8, critic=critic,
+        save=SaveConfig(every=1),
+    )  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        ppo(config, reward=toy.stopping_after(2))
+    log = config.run_dir / "metrics.jsonl"
+    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    rows[0] |= {"entropy": None, "value_loss": None, "nonfinite": ["entropy", "value_loss"]}
+    toy.write_rows(log, rows)
+    job = prepared(config, resume=True)
+    assert [math.isnan(row["value_loss"]) for row in job.history] == [True, False]
+    assert job.summary()["entropy_first"] is None
+    assert ppo(config, resume=True)["iterations"] == 6
 
 
 def test_a_critic_needs_a_reward_model_to_start_from(trained: Trained, toys: Toys, tmp_path: Path) -> None:

@@ -5,21 +5,24 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import resource
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from ppomax.config import EvaluateConfig, KLConfig, SamplingConfig
 from ppomax.data.chat import render_prompt
 from ppomax.data.readers import read_prompts
+from ppomax.errors import SaveError
 from ppomax.models.load import load_causal_lm, load_tokenizer
 from ppomax.models.players import Policy
 from ppomax.rewards.model import RewardModel
-from ppomax.stages.evaluate import _answer, evaluate
+from ppomax.stages.evaluate import _answer, _best_of, evaluate
 from ppomax.stages.inputs import compute_of, fitted_prompts
 from ppomax.stages.ppo import ppo
 from ppomax.types import SetupError
@@ -223,7 +226,7 @@ def test_answers_outlive_a_judge_that_fails(
     assert all("gold_after" in row for row in rows_of(config))
 
 
-@pytest.mark.parametrize(("best_of", "answers"), [((), 2 + 2), ((5,), 5 + 2)])
+@pytest.mark.parametrize(("best_of", "answers"), [((), 2 + 2), ((5,), 6 + 2)])
 def test_every_answer_is_judged_and_scored_once(
     best_of: tuple[int, ...], answers: int, trained: Trained, toys: Toys, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -246,6 +249,60 @@ def test_every_answer_is_judged_and_scored_once(
     assert found["reward_model"]["share_of_e"].keys() == {"accuracy", "correlation"}
 
 
+def test_best_of_n_by_hand(trained: Trained, toys: Toys, tmp_path: Path) -> None:
+    """One prompt, four samples, of which the first two are compared: no candidate for their own best of two is among them."""
+    config = config_of(tmp_path / "run", trained.sft, trained, toys)
+    rewards, judged = [9.0, 1.0, 2.0, 8.0], [0.0, 0.1, 0.2, 0.3]
+    found = _best_of(rewards, judged, {"p": [0, 1, 2, 3]}, judged[:2], ["p", "p"], [0, 1], 2, config)
+    # Sample 0 against the better of 1 and 2, which is 2: a win by 0.2. Sample 1 against that of 0 and 2, which is 0: a loss.
+    assert (found["win"], found["lose"], found["mean"]) == (0.5, 0.5, pytest.approx((0.2 + 0.0) / 2))
+
+
+def test_another_n_does_not_change_the_best_of_n(trained: Trained, toys: Toys, tmp_path: Path) -> None:
+    changes = {"judge": ("stages.toy:share_of_e",), "max_prompts": 8}
+    alone, beside = (
+        evaluate(config_of(tmp_path / name, trained.sft, trained, toys, best_of=best_of, **changes))["best_of"]["2"]
+        for name, best_of in (("alone", (2,)), ("beside", (2, 7)))
+    )
+    assert alone == beside
+    assert alone["tie"] < 1  # a candidate of its own would often be the best of two
+
+
+def test_samples_are_shown_as_text_and_not_as_markdown(trained: Trained, toys: Toys, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": "a | b\\c\n<b>d</b> ![e](f)"}) + "\n", encoding="utf-8")
+    config = config_of(tmp_path / "run", trained.sft, trained, toys, best_of=(), samples_per_prompt=1)
+    evaluate(config.model_copy(update={"prompts": (str(prompts),)}))
+    shown = (config.run_dir / "samples.md").read_text(encoding="utf-8").splitlines()[2]
+    assert shown.startswith(r"| a \| b\\c \<b>d\</b> !\[e](f) | ")
+
+
+def test_a_full_disk_is_named(trained: Trained, toys: Toys, tmp_path: Path) -> None:
+    config = config_of(tmp_path / "run", trained.sft, trained, toys, best_of=(), reward=None)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(SaveError, match=r"samples\.jsonl: cannot save"):
+            evaluate(config)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_baseline_with_another_template_is_named(
+    trained: Trained, toys: Toys, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(trained.sft, other)
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    tokenizer.chat_template = "Chat: " + tokenizer.chat_template
+    tokenizer.save_pretrained(other)
+    changes: dict[str, Any] = {"max_prompts": 1, "best_of": (), "samples_per_prompt": 1}
+    evaluate(config_of(tmp_path / "a", trained.sft, trained, toys, baseline=str(other), **changes))
+    assert f"the baseline {other} has another chat template" in capsys.readouterr().out
+    evaluate(config_of(tmp_path / "b", trained.sft, trained, toys, **changes))
+    assert "another chat template" not in capsys.readouterr().out
+
+
 def test_the_limit_of_prompts_is_per_source(trained: Trained, toys: Toys, tmp_path: Path) -> None:
     config = config_of(tmp_path / "run", trained.sft, trained, toys, max_prompts=2, reward=None, best_of=())
     summary = evaluate(config)
@@ -266,6 +323,12 @@ def test_answers_that_cannot_fit_into_the_context_are_refused(trained: Trained, 
     sampling = SamplingConfig(max_new_tokens=500)
     with pytest.raises(SetupError, match="policy: longest prompt \\+ response: 5.. tokens, but the model has .* 512"):
         evaluate(config_of(tmp_path / "run", trained.sft, trained, toys, sampling=sampling))
+    short = tmp_path / "reward"
+    shutil.copytree(trained.reward, short)
+    written = json.loads((short / "config.json").read_text(encoding="utf-8"))
+    (short / "config.json").write_text(json.dumps(written | {"max_position_embeddings": 16}), encoding="utf-8")
+    with pytest.raises(SetupError, match="reward model: longest prompt \\+ response: .. tokens, .* positions for 16"):
+        evaluate(config_of(tmp_path / "run", trained.sft, trained, toys, reward=str(short)))
     with pytest.raises(SetupError, match="--prompts: found nothing, expected held-out prompts"):
         evaluate(config_of(tmp_path / "run", trained.sft, trained, toys).model_copy(update={"prompts": ()}))
     assert not (tmp_path / "run").exists()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from ppomax.config import CriticConfig, KLConfig, OptimConfig, PPOConfig
@@ -140,6 +142,36 @@ def test_a_weighted_sum_is_the_sum_of_its_logged_terms(trained: Trained, toys: T
         assert 5 < parts[1] < 11
 
 
+def test_reward_models_of_one_name_are_both_counted(
+    trained: Trained, toys: Toys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(trained.reward, "runs/helpful/final")
+    shutil.copytree(trained.reward, "helpful")
+    tensors = weights(Path("helpful"))
+    save_file({**tensors, "score.weight": -tensors["score.weight"]}, "helpful/model.safetensors", {"format": "pt"})
+    terms = ("0.7*runs/helpful/final", "0.3*helpful", "stages.toy:share_of_e", "stages.toy:share_of_e")
+    job = prepared(ppo_config(tmp_path / "run", trained.sft, toys.prompts, reward=terms))
+    names = ["helpful", "helpful 2", "stages.toy:share_of_e", "stages.toy:share_of_e 2"]
+    assert [term.name for term in job.players.terms] == names
+    scored = first_iteration(job).scored
+    one, other, e, again = (scored.components[name] for name in names)
+    assert torch.allclose(one, -other) and bool(one.any()) and torch.equal(e, again)
+    assert torch.allclose(scored.score_B, 0.4 * one + 2 * e, atol=1e-5)
+
+
+def test_what_is_no_reward_is_refused_before_anything_is_sampled(trained: Trained, toys: Toys, tmp_path: Path) -> None:
+    config = ppo_config(tmp_path / "run", trained.sft, toys.prompts)
+    with pytest.raises(SetupError, match="reward: found list, expected one callable"):
+        ppo(config, reward=[share_of_e, share_of_e])  # type: ignore[arg-type]
+    why = r"it cannot be called with \(prompts, responses, wish=..., source=..., response_ids=...\)"
+    with pytest.raises(SetupError, match=f"reward .*lambda>: {why}"):
+        ppo(config, reward=lambda prompts, responses: [0.0] * len(responses))
+    with pytest.raises(SetupError, match=f"judge math:fsum: {why}"):
+        ppo(config.model_copy(update={"judge": "math:fsum"}))
+    assert not config.run_dir.exists()
+
+
 def test_a_judge_is_logged_and_changes_nothing(base_run: PPOConfig, tmp_path: Path) -> None:
     judged = base_run.model_copy(update={"run_dir": tmp_path / "run", "judge": "stages.toy:length_reward"})
     ppo(judged)
@@ -241,7 +273,7 @@ def test_a_stop_alarm_ends_the_run_saved_and_for_good(
     config = ppo_config(tmp_path / "run", trained.sft, toys.prompts, stop_on_alarm=True)
     result = ppo(config)  # bytes at random: degenerate from the first iteration on
     assert result["iterations"] == 1
-    assert result["alarms"] == ["Degenerate responses"]
+    assert result["alarms"] == ["Degenerate responses", "Responses cut by the length limit"]
     final = weights(config.run_dir / "final")
     # As if it had been killed after its last checkpoint: it must not go on where it was told to stop.
     (config.run_dir / "summary.json").unlink()

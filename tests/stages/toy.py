@@ -243,9 +243,9 @@ def recipe_settings(name: str, optim: OptimConfig) -> dict[str, Any]:
     }
 
 
-def prepared(config: PPOConfig, reward: RewardFunction | None = None) -> Job:
-    """The job of a PPO run before its first iteration."""
-    with session("ppo", config, unit="iteration", resume=False, fresh=False) as run:
+def prepared(config: PPOConfig, reward: RewardFunction | None = None, *, resume: bool = False) -> Job:
+    """The job of a PPO run before its first iteration, or before the one that it goes on with."""
+    with session("ppo", config, unit="iteration", resume=resume, fresh=False) as run:
         return prepare(run, config, reward)
 
 

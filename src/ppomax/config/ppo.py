@@ -138,7 +138,12 @@ class ObjectiveConfig(Schema):
     entropy_clip: float | None = Field(
         default=None, gt=0, description="Bound of a response's summed entropy in the bonus, nats (fig. 16); None: off."
     )
-    max_kl: float = Field(default=0.01, gt=0, description="trpo: trust region, mean KL(old ‖ new) per token, nats.")
+    max_kl: float = Field(
+        default=0.01,
+        gt=0,
+        description="trpo: trust region of each optimiser step, mean KL per token from where that step begins (not"
+        " from the policy that sampled), nats.",
+    )
     cg_iterations: int = Field(default=10, ge=1, description="trpo: conjugate-gradient iterations.")
     damping: float = Field(default=0.1, ge=0, description="trpo: added to the diagonal of the Fisher matrix.")
     backtracks: int = Field(default=10, ge=1, description="trpo: halvings of the step that are tried.")

@@ -33,6 +33,11 @@ def add_adapters(model: nn.Module, base: Any, lora: Lora, *, first_layer: int) -
     peft = _peft()
     layers = base.layers[first_layer:].named_modules()
     kinds = {name.rpartition(".")[2] for name, module in layers if isinstance(module, nn.Linear)}
+    if not kinds:
+        raise SetupError(
+            f"lora_rank: found no linear map in the decoder layers of {type(model).__name__}, expected some to put "
+            "adapters into; leave it None"
+        )
     config = peft.LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, lora_dropout=0.0, bias="none", target_modules=sorted(kinds),
         layers_to_transform=list(range(first_layer, len(base.layers))), layers_pattern="layers",

@@ -84,7 +84,12 @@ class Player(nn.Module):
             raise SetupError(
                 f"lora_rank: found {lora.rank} with train_layers 0, which trains the head alone; leave one of them out"
             )
-        if lora is not None and first < count:
+        if lora is not None:
+            if not count:
+                raise SetupError(
+                    f"lora_rank: found {lora.rank} with {type(self.model).__name__}, which has no list of decoder "
+                    "layers to put adapters into; leave it None"
+                )
             add_adapters(self.model, self.base, lora, first_layer=first)
         elif self.train_layers is None:
             self.model.requires_grad_(True)
@@ -313,6 +318,20 @@ def _token_scores(states: Unembedded, places: _Places, temperature: float, stati
         return TokenScores(places.spread(token_logprobs(*parts, temperature=temperature)))
     logprobs, entropy, plain = map(places.spread, token_statistics(*parts, temperature=temperature))
     return TokenScores(logprobs, entropy, plain)
+
+
+def expect_equal_rows(policy: Policy, other: Policy, *, what: str, instead: str) -> None:
+    """Refuse an exact KL between vocabularies of different sizes: models of one tokenizer may differ in the rows that
+    pad it, and probability that one gives to such rows has no counterpart in the other.
+
+    what: the setting that asks for the KL. instead: what would do without it.
+    """
+    rows, found = (p.model.get_output_embeddings().weight.shape[0] for p in (policy, other))  # type: ignore[operator]
+    if found != rows:
+        raise SetupError(
+            f"{what}: found {found} rows in its unembedding, expected {rows} as in the policy's: the exact KL is over "
+            f"all of them; {instead}"
+        )
 
 
 @torch.inference_mode()

@@ -23,7 +23,7 @@ from ppomax.engine import world
 from ppomax.models.compiled import compile_layers
 from ppomax.models.load import Compute
 from ppomax.models.players import Player, ScalarOutput, TokenScores
-from ppomax.types import token_batch
+from ppomax.types import SetupError, token_batch
 
 P = TypeVar("P", bound=Player)
 
@@ -46,6 +46,11 @@ def shard(player: P, compute: Compute, config: ModelConfig) -> P:
     reshard, shares = config.shard == "zero3", config.train_layers is not None or config.lora_rank is not None
     if world.size() == 1 or config.shard == "none" or (not trained and (shares or not reshard)):
         return player
+    if not isinstance(getattr(player.base, "layers", None), nn.ModuleList):
+        raise SetupError(
+            f"compute.shard: found {config.shard} with {type(player.base).__name__}, which has no list of decoder "
+            "layers to spread; expected none"
+        )
     _register_outputs()
     spread = trained or set(player.parameters())
     whole = set(player.parameters()) - spread

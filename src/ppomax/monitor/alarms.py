@@ -18,12 +18,13 @@ class Limits:
     """When to raise which alarm. Every rule reads the mean of the newest `window` rows: a single batch is noisy.
 
     "Baseline" is the mean of the first `baseline_rows` rows: the text before PPO has changed it much. Rules against
-    the baseline wait for one row more than that. A `*_stop` limit means that going on is a waste.
+    the baseline wait for one row more than that, and are silent where it is a spread of 0. A `*_stop` limit means that
+    going on is a waste.
     """
 
     window: int = 3
     baseline_rows: int = 3
-    kl_per_sequence: float = 15.0  # nats per response
+    kl_per_sequence: float = 15.0  # nats per response of at most 64 tokens; more for longer ones, see kl_scale
     kl_stop: float = 60.0
     kl_negative: float = -0.5  # an estimate may be a little below 0, by chance
     behaviour_gap: float = 0.1  # nats per token, on average: more than rounding
@@ -37,9 +38,10 @@ class Limits:
     top_phrase_share: float = 0.10
     top_phrase_rise: float = 0.05  # above the baseline, so that small batches do not alarm by their size alone
     on_topic_fall: float = 0.10
-    degenerate_share: float = 0.02
+    degenerate_share: float = 0.02  # and two responses at least
     degenerate_stop: float = 0.20
     truncated_rise: float = 0.25  # above the baseline
+    truncated_share: float = 0.5  # whatever the baseline
     clip_fraction: float = 0.35
     explained_variance: float = -0.5  # policy rows only: a critic worse than a constant is normal at its start
 
@@ -75,6 +77,11 @@ _Measure = Callable[[str], float]
 _DEFAULT_LIMITS = Limits()
 
 
+def kl_scale(length: float) -> float:
+    """By how much the KL limits grow with the baseline's response length in tokens: max(1, length / 64); 1 for NaN."""
+    return max(1.0, length / 64)
+
+
 def check(history: Sequence[Mapping[str, Any]], *, limits: Limits = _DEFAULT_LIMITS) -> list[Alarm]:
     """The alarms that hold at the newest row of `history` (metrics rows, oldest first; missing keys are skipped)."""
     if not history:
@@ -89,7 +96,13 @@ def check(history: Sequence[Mapping[str, Any]], *, limits: Limits = _DEFAULT_LIM
         known = len(history) > limits.baseline_rows
         return _mean([_number(row.get(key)) for row in history[: limits.baseline_rows]]) if known else math.nan
 
-    rules = [*_drift_rules(recent, baseline, limits), *_text_rules(recent, baseline, limits)]
+    rules = [
+        *_kl_rules(
+            recent, _mean([_number(row.get("response_length")) for row in history[: limits.baseline_rows]]), limits
+        ),
+        *_drift_rules(recent, baseline, limits),
+        *_text_rules(recent, baseline, limits, responses=sum(map(_responses, history[-limits.window :]))),
+    ]
     if all(row.get("phase", "policy") == "policy" for row in history[-limits.window :]):
         rules += _training_rules(recent, limits)
     # A rule that stops stands before the one that warns of the same thing, and hides it.
@@ -98,14 +111,22 @@ def check(history: Sequence[Mapping[str, Any]], *, limits: Limits = _DEFAULT_LIM
     return [*_nonfinite_alarms(newest, iteration), *alarms]
 
 
+def _kl_rules(recent: _Measure, length_0: float, limits: Limits) -> list[_Rule]:
+    """length_0: the baseline's response length as far as it is known; these rules do not wait for the whole of it."""
+    kl, scale = recent("kl_per_sequence"), kl_scale(length_0)
+    return [
+        _Rule("kl_per_sequence", kl, scale * limits.kl_stop, "{:.1f} nats per response", severity="stop"),
+        _Rule("kl_per_sequence", kl, scale * limits.kl_per_sequence, "{:.1f} nats per response"),
+        _Rule("kl_negative", kl, limits.kl_negative, "{:.2f} nats per response", below=True),
+    ]
+
+
 def _drift_rules(recent: _Measure, baseline: _Measure, limits: Limits) -> list[_Rule]:
-    kl, length, spread = (recent(key) for key in ("kl_per_sequence", "response_length", "score_std"))
-    length_0, spread_0 = baseline("response_length"), baseline("score_std")
+    length, spread = (recent(key) for key in ("response_length", "score_std"))
+    # Nothing can be told by multiples of a spread of 0.
+    length_0, spread_0 = baseline("response_length"), baseline("score_std") or math.nan
     ceiling = baseline("score_mean") + limits.score_rise * spread_0
     return [
-        _Rule("kl_per_sequence", kl, limits.kl_stop, "{:.1f} nats per response", severity="stop"),
-        _Rule("kl_per_sequence", kl, limits.kl_per_sequence, "{:.1f} nats per response"),
-        _Rule("kl_negative", kl, limits.kl_negative, "{:.2f} nats per response", below=True),
         _Rule("behaviour_gap", recent("behaviour_gap"), limits.behaviour_gap, "{:.3f} nats per token"),
         _Rule("length_growth", length, limits.length_growth * length_0, "{:.0f} tokens"),
         _Rule("length_shrink", length, limits.length_shrink * length_0, "{:.0f} tokens", below=True),
@@ -119,8 +140,12 @@ def _drift_rules(recent: _Measure, baseline: _Measure, limits: Limits) -> list[_
     ]
 
 
-def _text_rules(recent: _Measure, baseline: _Measure, limits: Limits) -> list[_Rule]:
+def _text_rules(recent: _Measure, baseline: _Measure, limits: Limits, *, responses: float) -> list[_Rule]:
+    """responses: how many the newest rows are of, NaN where they do not say; one broken response is none too many."""
     broken, cut = recent("degenerate_share"), recent("truncated_share")
+    # Here the constant stands first: max() and min() keep it where the second argument is NaN.
+    stop, warn = (max(limit, 1.5 / responses) for limit in (limits.degenerate_stop, limits.degenerate_share))
+    cut_most = min(limits.truncated_share, baseline("truncated_share") + limits.truncated_rise)
     # The baseline stands first: max() keeps its NaN (not known yet) there, and would drop it as second argument.
     openings, closings = (
         max(baseline(key) + limits.top_phrase_rise, limits.top_phrase_share)
@@ -131,9 +156,9 @@ def _text_rules(recent: _Measure, baseline: _Measure, limits: Limits) -> list[_R
         _Rule("top_opening_share", recent("top_opening_share"), openings, "{:.0%} of the responses"),
         _Rule("top_closing_share", recent("top_closing_share"), closings, "{:.0%} of the responses"),
         _Rule("on_topic_share", recent("on_topic_share"), topic, "{:.0%} of the responses", below=True),
-        _Rule("degenerate_share", broken, limits.degenerate_stop, "{:.1%} of the responses", severity="stop"),
-        _Rule("degenerate_share", broken, limits.degenerate_share, "{:.1%} of the responses"),
-        _Rule("truncated_share", cut, baseline("truncated_share") + limits.truncated_rise, "{:.0%} of the responses"),
+        _Rule("degenerate_share", broken, stop, "{:.1%} of the responses", severity="stop"),
+        _Rule("degenerate_share", broken, warn, "{:.1%} of the responses"),
+        _Rule("truncated_share", cut, cut_most, "{:.0%} of the responses"),
     ]
 
 
@@ -215,12 +240,19 @@ _ADVICE = {
     "whatever the question. Try a larger KL coefficient or pairs in which off-topic answers lose.",
     "degenerate_share": "Empty, looping or unprintable text. Go back to an earlier checkpoint; try a lower learning "
     "rate and a larger KL coefficient.",
-    "truncated_share": "The policy forgets to stop. Raise the length limit, or penalise answers that do not end.",
+    "truncated_share": "The policy forgets to stop, or the limit is too low for it. Raise sampling.max_new_tokens, or "
+    "penalise answers that do not end.",
     "clip_fraction": "The policy moves too far within one iteration. Try a lower learning rate, larger minibatches or "
     "fewer epochs.",
     "explained_variance": "Advantages are noise while the critic is worse than a constant. Pre-train the critic "
     "longer, or start it from the reward model.",
 }
+
+
+def _responses(row: Mapping[str, Any]) -> float:
+    """How many responses a row is of; NaN where it does not say."""
+    generated, length = _number(row.get("tokens/generated")), _number(row.get("response_length"))
+    return generated / length if generated > 0 and length > 0 else math.nan
 
 
 def _number(value: Any) -> float:

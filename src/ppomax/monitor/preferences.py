@@ -14,6 +14,7 @@ from ppomax.monitor.statistics import histogram, win_rate
 CONFIDENT = 0.9
 # What the verdict asks for; each is named in the reason that it gives.
 FEWEST_PAIRS = 100
+FEWEST_OF_A_KIND = 20  # below it nothing is said of pairs of one length, nor of confident ones
 LARGEST_CALIBRATION_ERROR = 0.1
 MOST_CONFIDENT_MISTAKES = 0.1
 LEAST_AGREEMENT = 0.75
@@ -65,10 +66,14 @@ def summary_of(pairs: Sequence[JudgedPair], *, agreed: float | None = None) -> d
         "length_only_accuracy": _mean([0.5 if p.longer == 0 else float(p.longer > 0) for p in pairs]),
         "accuracy_if_longer_preferred": _mean([p.right for p in pairs if p.longer > 0]),
         "accuracy_if_shorter_preferred": _mean([p.right for p in pairs if p.longer < 0]),
+        "longer_preferred_pairs": sum(p.longer > 0 for p in pairs),
+        "shorter_preferred_pairs": sum(p.longer < 0 for p in pairs),
         "by_length": by_length(pairs),
         "calibration_error": calibration_error(groups),
+        "calibration_error_by_chance": calibration_error_by_chance(pairs),
         "calibration": groups,
         "confident_mistakes": _mean([1 - p.right for p in pairs if p.confidence > CONFIDENT]),
+        "confident_pairs": sum(p.confidence > CONFIDENT for p in pairs),
         "margin_histogram": histogram([p.margin for p in pairs]),
     }
     return {**summary, "fit_for_ppo": verdict(summary, agreed=agreed)}
@@ -79,7 +84,7 @@ def _of_source(pairs: Sequence[JudgedPair]) -> dict[str, Any]:
 
 
 def accuracy(pairs: Sequence[JudgedPair]) -> dict[str, Any]:
-    """`accuracy` (a tie counts half) and its 95% interval by a bootstrap over prompts."""
+    """`accuracy` (a tie counts half) and its 95% interval, of prompts (see win_rate)."""
     rate = win_rate(
         [p.score_chosen for p in pairs], [p.score_rejected for p in pairs], tie=0.0, groups=[p.group for p in pairs]
     )
@@ -99,6 +104,21 @@ def calibration_error(groups: Sequence[Mapping[str, float]]) -> float:
     """Mean distance of accuracy and confidence over the groups, by pairs (expected calibration error)."""
     total = sum(group["pairs"] for group in groups)
     return sum(group["pairs"] * abs(group["accuracy"] - group["confidence"]) for group in groups) / total
+
+
+def calibration_error_by_chance(pairs: Sequence[JudgedPair], *, bins: int = 10, draws: int = 500) -> float:
+    """What a calibrated model's error stays below in 95 % of `draws`: labels drawn by its own confidences, one seed.
+
+    Few pairs a group are seldom right in just the share that is expected, so that no error is 0. Pairs are drawn one by
+    one, as if those of one prompt had nothing in common. Source: Vaicenavicius et al. (2019), consistency resampling.
+    """
+    random = np.random.default_rng(0)
+    errors = np.zeros(draws)
+    for group in _groups(sorted(pairs, key=lambda pair: pair.confidence), bins):
+        confidence = np.array([p.confidence for p in group])
+        right = random.random((draws, len(group))) < confidence
+        errors += np.abs(right.sum(1) - confidence.sum()) / len(pairs)
+    return float(np.quantile(errors, 0.95))
 
 
 def by_length(pairs: Sequence[JudgedPair], *, bins: int = 5) -> list[dict[str, float]]:
@@ -133,19 +153,23 @@ def verdict(summary: Mapping[str, Any], *, agreed: float | None = None) -> dict[
 def _weaknesses(summary: Mapping[str, Any]) -> list[str]:
     """What does not rule a reward model out, but will show in what PPO makes of it."""
     pairs, error, mistakes = (summary[key] for key in ("heldout_pairs", "calibration_error", "confident_mistakes"))
+    by_chance = summary["calibration_error_by_chance"]
     found = []
     if pairs < FEWEST_PAIRS:
         found.append(f"Only {pairs} pairs were held out; {FEWEST_PAIRS} or more would say more.")
     for name, other in (("longer", "shorter"), ("shorter", "longer")):
         share = summary[f"accuracy_if_{name}_preferred"]
-        if share < 0.5:
+        if share < 0.5 and summary[f"{name}_preferred_pairs"] >= FEWEST_OF_A_KIND:
             found.append(
                 f"Right in only {share:.0%} of the pairs whose {name} answer is better: PPO will write {other} ones."
             )
-    if error > LARGEST_CALIBRATION_ERROR:
+    if error > max(LARGEST_CALIBRATION_ERROR, by_chance):
         sure, right = _mean([group["confidence"] for group in summary["calibration"]]), summary["accuracy"]
-        found.append(f"On average {sure:.0%} sure, but right in {right:.0%}: calibration error {error:.2f}.")
-    if mistakes > MOST_CONFIDENT_MISTAKES:
+        found.append(
+            f"On average {sure:.0%} sure, but right in {right:.0%}: calibration error {error:.2f}, which is more than "
+            f"chance ({by_chance:.2f})."
+        )
+    if mistakes > MOST_CONFIDENT_MISTAKES and summary["confident_pairs"] >= FEWEST_OF_A_KIND:
         found.append(f"Wrong in {mistakes:.0%} of the pairs of which it is at least {CONFIDENT:.0%} sure.")
     return found
 

@@ -84,11 +84,12 @@ class Evaluation:
     count: int
 
 
-def write_report(run_dir: Path) -> Path:
+def write_report(run_dir: Path | str) -> Path:
     """Writes `run_dir/report.html` from the run's files and its sub-runs sft, reward, ppo and evaluate.
 
     Pieces that are missing are left out. Raises SetupError where there is nothing to report.
     """
+    run_dir = Path(run_dir)
     root, runs = read_run_tree(run_dir)
     chapters = [_chapter(run) for run in runs.values()]
     alarm_count = sum(len(chapter.alarms) for chapter in chapters)
@@ -209,11 +210,11 @@ def _evaluation(root: RunFiles, runs: Mapping[str, RunFiles]) -> Evaluation | No
         bars = [(entry.name, (entry.win, entry.tie, entry.lose)) for entry in compared[:16]]
         outcome = Picture(
             "Win, tie, lose",
-            share_bars(bars, (("new answer better", GREEN), ("tie", GREY), ("old answer better", RED)), unit="%"),
-            "Each bar is one judge (or one source of prompts): how often it preferred the answer after PPO, and how "
-            'often the answer before. For "best of n" nothing is trained: the old model writes n answers and the '
-            "reward model picks one.",
-            "Green that is long only for the reward model and not for a judge that PPO never saw.",
+            share_bars(bars, (("policy better", GREEN), ("tie", GREY), ("baseline better", RED)), unit="%"),
+            "Each bar is one judge (or one source of prompts): how often it preferred the policy's answer, and how "
+            'often the baseline\'s. For "best of n" nothing is trained: the baseline writes n answers and the reward '
+            "model picks one.",
+            "Green that is long only for the reward model and not for a judge that training never saw.",
         )
     return Evaluation(outcome, tuple(compared), tuple(changed), tuple(spread), tuple(worst), len(rows))
 

@@ -14,7 +14,7 @@ _LONGEST = 1500
 
 @dataclass(frozen=True)
 class SamplePair:
-    """One held-out prompt with the answers of the model before and after PPO; `notes_*` are their scores in words."""
+    """A prompt with the answers of baseline (before) and policy (after); `notes_*` are their scores in words."""
 
     prompt: str
     before: str

@@ -25,6 +25,7 @@ _SPACELESS = (
 # Signs that belong to the letter before them, and joiners: accents, Hebrew, Arabic; the scripts of India, letters too.
 _SIGNS = "\u0300-\u036f\u0591-\u05c7\u0610-\u061a\u064b-\u065f\u0670\u06d6-\u06dc\u0900-\u0963\u0970-\u0dff\u200c\u200d"
 _TOKEN = re.compile(rf"(?:(?![{_SPACELESS}])[^\W\d_]|[{_SIGNS}'])+|[^\W\d_]")
+_WORD = re.compile(rf"{_TOKEN.pattern}|\d+(?:[.,:/-]\d+)*")
 _RUN = re.compile(rf"(?:(?=[{_SPACELESS}])[^\W\d_])+")
 _LEAST_LETTERS, _STEM = 4, 5
 _STEMMER = snowballstemmer.stemmer("english")
@@ -56,7 +57,16 @@ class TopicShare(NamedTuple):
 
 def tokens(text: str) -> list[str]:
     """Lower-case words, single letters in scripts without spaces. Digits and punctuation are dropped."""
-    found = _TOKEN.findall(text.lower().replace("\u2019", "'"))
+    return _found(_TOKEN, text)
+
+
+def _words(text: str) -> list[str]:
+    """`tokens` and numbers (12, 1,000, 3.5): what can be repeated."""
+    return _found(_WORD, text)
+
+
+def _found(pattern: re.Pattern[str], text: str) -> list[str]:
+    found = pattern.findall(text.lower().replace("\u2019", "'"))
     return [token for token in (t.strip("'") for t in found) if token]
 
 
@@ -115,26 +125,27 @@ def is_degenerate(text: str) -> bool:
     1. it has no letter, digit or picture at all (empty, only punctuation);
     2. it has control characters, U+FFFD or code points without a character;
     3. three words or more, all the same, or one word four times in a row;
-    4. of at least 6 words, one word makes up more than 40%;
+    4. of at least 6 words, one word makes up more than half;
     5. of at least 8 words, more than half lie in a 3-gram that occurs more than once (a loop).
 
-    Word salad without repetition is not found by these rules; perplexity and a judge have to find it.
+    A number is a word here. Word salad without repetition is not found by these rules; perplexity and a judge have to
+    find it.
     """
-    words = tokens(text) or text.split()
+    words = _words(text) or text.split()
     if not any(_says_something(c) for c in text) or any(_is_non_printing(c) for c in text):
         return True
     if len(words) >= 3 and len(set(words)) == 1:
         return True
     if max(sum(1 for _ in run) for _, run in groupby(words)) >= 4:
         return True
-    if len(words) >= 6 and Counter(words).most_common(1)[0][1] > 0.4 * len(words):
+    if len(words) >= 6 and Counter(words).most_common(1)[0][1] > 0.5 * len(words):
         return True
     return len(words) >= 8 and looped_share(text) > 0.5
 
 
 def looped_share(text: str) -> float:
-    """The share of a text's words that lie in a 3-gram which occurs more than once; 0 for no words."""
-    words = tokens(text)
+    """The share of a text's words and numbers that lie in a 3-gram which occurs more than once; 0 for no words."""
+    words = _words(text)
     grams = _ngrams(words, 3)
     counts = Counter(grams)
     covered = {i + offset for i, gram in enumerate(grams) if counts[gram] > 1 for offset in range(3)}

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
+from ppomax.monitor.alarms import Limits, kl_scale
 from ppomax.monitor.run_files import RunFiles, last_finite, number
 
 Tone = Literal["good", "bad", "plain"]
+_LIMITS = Limits()
+_REWARD = "reward model"
 _JUDGES = {
     "gold": "gold judge",
     "plain": "gold judge without guards",
     "gold_plain": "gold judge without guards",
     "gold_guarded": "gold judge with guards",
     "guarded": "gold judge with guards",
-    "reward": "reward model",
+    "reward": _REWARD,
 }
 
 
@@ -34,7 +36,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Win, tie and lose shares of the trained model against its start, by one judge or on one source."""
+    """Win, tie and lose shares of the policy against the baseline, by one judge or on one source."""
 
     name: str
     win: float
@@ -61,12 +63,15 @@ class Change:
 
 
 def comparisons(root: RunFiles, chapters: Mapping[str, RunFiles]) -> list[Comparison]:
-    """Every mapping with a `win_rate` in the summaries, the gold judge first, without repetition."""
+    """Every mapping with a `win_rate` in the summaries, the first judge first, without repetition."""
+    summaries = [run.summary for run in (root, chapters.get("evaluate")) if run]
+    judges = next((s["judges"] for s in summaries if isinstance(s.get("judges"), Mapping)), {})
     found: dict[str, Comparison] = {}
-    for run in (root, chapters.get("evaluate")):
-        for name, entry in _entries(run.summary if run else {}):
-            found.setdefault(name, entry)
-    return sorted(found.values(), key=lambda entry: not entry.name.startswith("gold judge"))
+    for summary in summaries:
+        for entry in _entries(summary, judges):
+            found.setdefault(entry.name, entry)
+    leading = ("gold judge", *(f"judge {name}" for name in list(judges)[:1]))
+    return sorted(found.values(), key=lambda entry: not entry.name.startswith(leading))
 
 
 def headline(root: RunFiles, chapters: Mapping[str, RunFiles]) -> list[Number]:
@@ -78,22 +83,23 @@ def headline(root: RunFiles, chapters: Mapping[str, RunFiles]) -> list[Number]:
         best = compared[0]
         interval = f"95% interval {best.ci95[0]:.0%} to {best.ci95[1]:.0%}" if best.ci95 else ""
         numbers.append(Number(f"win rate, {best.name}", f"{best.win_rate:.0%}", interval, _tone(best)))
-    accuracy = find("reward_accuracy", ("reward", "accuracy"), ("reward", "heldout_accuracy"))
+    accuracy = _reward_accuracy(root, chapters)
     if math.isfinite(accuracy):
         tone: Tone = "good" if accuracy >= 0.75 else "bad" if accuracy < 0.6 else "plain"
         note = "of held-out pairs; guessing gives 50%"
         numbers.append(Number("reward model accuracy", f"{accuracy:.0%}", note, tone))
+    before = find("length_before", first=("ppo", "response_length"))
     kl = find("kl_per_sequence", ("ppo", "kl_per_sequence"))
     if math.isfinite(kl):
-        numbers.append(Number("KL to the start", f"{kl:.1f}", "nats per response", "bad" if kl > 15 else "plain"))
-    before = find("length_before", first=("ppo", "response_length"))
+        tone = "bad" if kl > _LIMITS.kl_per_sequence * kl_scale(before) else "plain"
+        numbers.append(Number("KL to the reference", f"{kl:.1f}", "nats per response", tone))
     after = find("length_after", ("ppo", "response_length"))
     if math.isfinite(before) and math.isfinite(after):
         numbers.append(Number("response length", f"{before:.0f} \u2192 {after:.0f}", "tokens, before and after"))
     iterations = find("iterations")
     if not math.isfinite(iterations) and "ppo" in chapters:
         iterations = float(len(chapters["ppo"].metrics) or math.nan)
-    wall = find("wall_seconds")
+    wall = _wall_seconds(root, chapters)
     if math.isfinite(wall):
         note = f"{iterations:.0f} PPO iterations" if math.isfinite(iterations) else ""
         numbers.append(Number("wall time", duration(wall), note))
@@ -102,23 +108,43 @@ def headline(root: RunFiles, chapters: Mapping[str, RunFiles]) -> list[Number]:
     return numbers
 
 
+def _reward_accuracy(root: RunFiles, chapters: Mapping[str, RunFiles]) -> float:
+    """On held-out pairs: the metric `accuracy` is that of a training batch."""
+    reward = chapters.get("reward")
+    known = [_find(root, chapters, "reward_accuracy")]
+    known += [number(reward.summary.get("accuracy")), last_finite(reward.metrics, "heldout_accuracy")] if reward else []
+    return next(filter(math.isfinite, known), math.nan)
+
+
+def _wall_seconds(root: RunFiles, chapters: Mapping[str, RunFiles]) -> float:
+    """Of the run itself; of its chapters together, where the root is but a folder of runs."""
+    known = [number(run.summary.get("wall_seconds")) for run in ([root] if root.summary else chapters.values())]
+    return sum(filter(math.isfinite, known)) or math.nan
+
+
 def sentences(root: RunFiles, chapters: Mapping[str, RunFiles], alarms: int) -> list[str]:
     """The verdict in words, first what was gained, then what was paid for it."""
     words: list[str] = []
     compared = comparisons(root, chapters)
     if compared:
         best = compared[0]
-        low, high = best.ci95 or (best.win_rate, best.win_rate)
-        if low > 0.5:
-            outcome = "The trained model is better than the model it started from"
-        elif high < 0.5:
-            outcome = "The trained model is worse than the model it started from"
+        tone = _tone(best)
+        if _is_reward(best):
+            outcome = "Only the reward model compares policy and baseline"
+        elif tone == "good":
+            outcome = "The policy is better than the baseline that it is compared with"
+        elif tone == "bad":
+            outcome = "The policy is worse than the baseline that it is compared with"
         else:
-            outcome = "No clear difference between the trained model and the model it started from"
+            outcome = "No clear difference between the policy and the baseline that it is compared with"
         words.append(
-            f"{outcome}: on held-out prompts, the {best.name} prefers its answer in {best.win:.0%} of the comparisons, "
-            f"calls {best.tie:.0%} a tie, and prefers the old answer in {best.lose:.0%}."
+            f"{outcome}: on the given prompts, the {best.name} prefers the policy's answer in {best.win:.0%} of the "
+            f"comparisons, calls {best.tie:.0%} a tie, and prefers the baseline's answer in {best.lose:.0%}."
         )
+        if _is_reward(best):
+            words.append(
+                "For a policy that was trained on this score it is no evidence: name a --judge that it has not seen."
+            )
     concerns = [change.concern for change in changes(root, chapters) if change.concern]
     words.extend(concerns)
     if changes(root, chapters) and not concerns:
@@ -164,6 +190,8 @@ _MEASURES = (
     ("reward", "score of the reward model, mean", ".2f", ""),
     ("length", "response length, tokens", ".1f",
      "Answers went from {before:.0f} to {after:.0f} tokens: look at the samples."),
+    ("truncated", "answers cut by the length limit", ".1%",
+     "The length limit cut {after:.0%} of the answers: raise sampling.max_new_tokens."),
     ("topic", "answers that mention something of their prompt", ".0%",
      "Fewer answers stay on their prompt's topic: {before:.0%} before, {after:.0%} after."),
     ("distinct2", "distinct pairs of words", ".2f",
@@ -178,6 +206,7 @@ _MEASURES = (
 def _is_worrying(key: str, before: float, after: float) -> bool:
     tests = {
         "length": after > 1.8 * before or after < 0.5 * before,
+        "truncated": after > min(_LIMITS.truncated_share, before + _LIMITS.truncated_rise),
         "topic": after < before - 0.10,
         "distinct2": after < 0.8 * before,
         "opening": after > max(0.10, before + 0.05),
@@ -189,10 +218,15 @@ def _is_worrying(key: str, before: float, after: float) -> bool:
 
 def _tone(entry: Comparison) -> Tone:
     low, high = entry.ci95 or (entry.win_rate, entry.win_rate)
-    return "good" if low > 0.5 else "bad" if high < 0.5 else "plain"
+    return "plain" if _is_reward(entry) else "good" if low > 0.5 else "bad" if high < 0.5 else "plain"
 
 
-def _entries(summary: Mapping[str, Any], prefix: Sequence[str] = ()) -> Iterator[tuple[str, Comparison]]:
+def _is_reward(entry: Comparison) -> bool:
+    """Whether the score compares that a policy is usually trained on."""
+    return entry.name.startswith(_REWARD)
+
+
+def _entries(summary: Mapping[str, Any], judges: Mapping[str, Any], keys: Sequence[str] = ()) -> Iterator[Comparison]:
     """Depth-first over the summary; a mapping with a win rate is named after the keys that lead to it."""
     rate = number(summary.get("win_rate"))
     if math.isfinite(rate):
@@ -202,17 +236,31 @@ def _entries(summary: Mapping[str, Any], prefix: Sequence[str] = ()) -> Iterator
         interval = summary.get("ci95")
         pair = [number(v) for v in interval] if isinstance(interval, list | tuple) else []
         ci95 = (pair[0], pair[1]) if len(pair) == 2 and all(map(math.isfinite, pair)) else None
-        name = _comparison_name(prefix)
-        yield name, Comparison(name, win, tie, lose, rate, ci95)
+        yield Comparison(_comparison_name(keys), win, tie, lose, rate, ci95)
     for key, value in summary.items():
         if isinstance(value, Mapping):
-            yield from _entries(value, (*prefix, str(key)))
+            path = (*keys, key) if keys else _path(key, value, judges)
+            yield from _entries(value, judges, path)
+
+
+def _path(key: str, comparison: Mapping[str, Any], judges: Mapping[str, Any]) -> tuple[str, ...]:
+    """`gold` and the like repeat the comparison by one of the `judges`, and are named after it."""
+    same = [name for name, entry in judges.items() if key.startswith("gold") and entry == comparison]
+    return ("judges", same[0]) if same else (key,)
 
 
 def _comparison_name(keys: Sequence[str]) -> str:
-    words = ", ".join(_JUDGES.get(key, key.replace("_", " ")) for key in keys) or "judge"
-    best_of = re.fullmatch(r"best of,? (\d+)", words)
-    return f"best of {best_of[1]} (no PPO)" if best_of else words
+    """Our own keys in words; names of judges and sources are the user's and stay as they are."""
+    match list(keys):
+        case ["best_of", n]:
+            return f"best of {n} of the baseline"
+        case ["judges", name, *rest]:
+            start = f"judge {name}"
+        case [key, *rest]:
+            start = _JUDGES.get(key, key.replace("_", " "))
+        case _:
+            return "judge"
+    return ", ".join([start, *(f"source {key}" for key in rest if key != "by_source")])
 
 
 def _find(

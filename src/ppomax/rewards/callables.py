@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import copy
 import importlib
+import inspect
 import math
 import signal
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
 
+import torch
+
 from ppomax.engine import world
 from ppomax.errors import first_line
 from ppomax.types import DataError, Message, Prompt, SetupError
+
+LARGEST = torch.finfo(torch.float32).max
 
 # (prompts, responses, **columns) → one number per response, or one list of per-token numbers per response.
 RewardFunction = Callable[..., Sequence[float] | Sequence[Sequence[float]]]
@@ -158,6 +163,21 @@ def shared_columns(columns: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]
     return {name: [row.get(name) for row in columns] for name in names}
 
 
+def expect_takes(function: RewardFunction, columns: Iterable[str], *, what: str) -> None:
+    """Refuse a function that cannot be called as (prompts, responses, **columns), before anything is sampled for it."""
+    given = [*columns, "response_ids"]
+    try:
+        inspect.signature(function, follow_wrapped=False).bind([], [], **dict.fromkeys(given))
+    except TypeError as error:
+        arguments = ", ".join(["prompts", "responses", *(f"{name}=..." for name in given)])
+        raise SetupError(
+            f"{what}: it cannot be called with ({arguments}): {error}; expected **columns as its last parameter, for "
+            "what it does not name"
+        ) from None
+    except ValueError:  # it does not say what it takes, as some functions in C do not
+        return
+
+
 def _plain(value: Any) -> Any:
     """Arrays, tensors and tuples as lists; a single number or a text as it is."""
     if hasattr(value, "tolist"):
@@ -172,6 +192,12 @@ def _finite(values: Sequence[Any], name: str, where: str) -> list[float]:
             numbers.append(float(value))
         except (TypeError, ValueError):
             numbers.append(math.nan)
-        if not math.isfinite(numbers[-1]):
-            raise DataError(f"reward {name}: {where}, entry {i}: found {value!r}, expected a finite number")
+        except OverflowError:  # a whole number, which may be too long to be written
+            numbers.append(math.inf)
+            value = math.inf
+        if not abs(numbers[-1]) <= LARGEST:  # NaN is not, either
+            raise DataError(
+                f"reward {name}: {where}, entry {i}: found {value!r}, expected a finite number, at most {LARGEST:.3g} "
+                "(float32)"
+            )
     return numbers

@@ -12,7 +12,7 @@ from torch import Tensor
 from ppomax.monitor.clock import Clock
 from ppomax.rewards.callables import RewardFunction, call, shared_columns
 from ppomax.rewards.model import RewardModel
-from ppomax.types import Rollout, SetupError
+from ppomax.types import DataError, Rollout, SetupError
 
 _WEIGHTED = re.compile(r"^\s*([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*\*\s*(.+)$")
 
@@ -74,9 +74,23 @@ def score_texts(
             dense_BR = torch.zeros(rollout.response_ids_BR.shape) if dense_BR is None else dense_BR
             for b, row in enumerate(dense):
                 dense_BR[b, : len(row)] += term.weight * torch.tensor(row)
+    if dense_BR is not None:
+        _expect_finite(dense_BR, terms)
     return components, dense_BR
 
 
 def weighted_sum(terms: list[Term], components: dict[str, Tensor]) -> Tensor:
     """Float32 [B]: Σ weight · component, in the terms' order."""
-    return torch.stack([term.weight * components[term.name] for term in terms]).sum(0)
+    total_B = torch.stack([term.weight * components[term.name] for term in terms]).sum(0)
+    _expect_finite(total_B, terms)
+    return total_B
+
+
+def _expect_finite(total: Tensor, terms: list[Term]) -> None:
+    """Refuse sums of finite rewards that left float32; the first axis is the response."""
+    wrong = torch.nonzero(~torch.isfinite(total))
+    if len(wrong):
+        found, of = total[tuple(wrong[0])].item(), " + ".join(f"{term.weight:g} × {term.name}" for term in terms)
+        raise DataError(
+            f"reward: response {int(wrong[0, 0])}: found {found} as {of}, expected a finite number (float32)"
+        )

@@ -43,9 +43,12 @@ def chat(config: ChatConfig) -> None:
         _show(console, speakers, [reply(s, config.message, config.sampling, config.seed, turn=0) for s in speakers])
         return
     for turn, message in enumerate(_messages(console, speakers, config.system)):
+        histories = [speaker.history for speaker in speakers]
         try:
             replies = [reply(s, message, config.sampling, config.seed, turn=turn) for s in speakers]
         except DataError as error:
+            for speaker, history in zip(speakers, histories, strict=True):
+                speaker.history = history  # what one model could answer and another not, neither remembers
             console.print(Text(f"{error}; /reset starts a new dialogue", style="yellow"))
         else:
             _show(console, speakers, replies)

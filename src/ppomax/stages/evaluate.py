@@ -1,9 +1,10 @@
-"""Evaluation: two systems answer held-out prompts; a judge and the reward model compare them, per source."""
+"""Evaluation: two systems answer the same prompts; a judge and the reward model compare them, per source."""
 
 from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -14,9 +15,9 @@ import torch
 from ppomax.config import EvaluateConfig
 from ppomax.engine.durable import write_json_atomic, write_text_atomic
 from ppomax.engine.rundir import Run
-from ppomax.models.load import load_causal_lm, load_tokenizer, same_vocabulary
+from ppomax.models.load import load_causal_lm, load_tokenizer, reads_alike, same_vocabulary
 from ppomax.models.players import Policy, at_responses
-from ppomax.monitor.log import append_samples, without_nan
+from ppomax.monitor.log import without_nan
 from ppomax.monitor.progress import progress
 from ppomax.monitor.report import write_report
 from ppomax.monitor.statistics import correlation, win_rate
@@ -28,6 +29,7 @@ from ppomax.rl.masked import masked_sum
 from ppomax.rollout.collect import collect, response_texts
 from ppomax.stages.inputs import compute_of, context_limit, expect_native, fitted_prompts, required, sampling_of
 from ppomax.stages.players import load_reward_model
+from ppomax.stages.reward_report import write_samples
 from ppomax.stages.session import opened_run
 from ppomax.types import Prompt, Rollout, SetupError, token_batch
 
@@ -70,10 +72,16 @@ def _evaluate(run: Run, config: EvaluateConfig) -> dict[str, Any]:
         for name, spec in zip(names, config.judge, strict=True)
     }
     tokenizer = load_tokenizer(config.policy, config.compute.chat_template)
-    if not same_vocabulary(load_tokenizer(config.baseline, config.compute.chat_template), tokenizer):
+    of_baseline = load_tokenizer(config.baseline, config.compute.chat_template)
+    if not same_vocabulary(of_baseline, tokenizer):
         raise SetupError(
             f"baseline {config.baseline}: found another vocabulary than that of the policy {config.policy}, expected "
             "the same; compare models that share a tokenizer"
+        )
+    if not reads_alike(of_baseline, tokenizer):
+        print(
+            f"evaluate: the baseline {config.baseline} has another chat template or end of a turn than the policy "
+            f"{config.policy}; both are given the policy's, so the baseline may answer worse than in its own"
         )
     specs = required(config.prompts, "prompts", "held-out prompts")
     read = fitted_prompts(tokenizer, specs, config.max_prompt_tokens)
@@ -90,7 +98,10 @@ def _evaluate(run: Run, config: EvaluateConfig) -> dict[str, Any]:
     if config.reward:
         by_text = bool(config.sampling.stop)
         model = load_reward_model(config.reward, tokenizer, compute, config.compute, by_text=by_text)
-    most = max((config.samples_per_prompt, *config.best_of))
+        if model.reads_ids:
+            context_limit(model.scalar.model, longest, "reward model: longest prompt + response")
+    # One more than n, so that the sample that a best of n is compared with is not among its candidates.
+    most = max((config.samples_per_prompt, *(n + 1 for n in config.best_of)))
     total = len(prompts) * (config.samples_per_prompt + most)
     with progress("evaluate", total, unit="responses") as advance:
         pool = _answer(baseline, tokenizer, prompts, ids, most, config, advance)
@@ -182,7 +193,7 @@ def _report(run: Run, config: EvaluateConfig, systems: Systems, after: Answers, 
     compared_rows = [i for i, n in enumerate(pool.rollout.sample_B.tolist()) if n < config.samples_per_prompt]
     before = _take(pool, compared_rows)
     # What was sampled is kept if a judge fails.
-    _write_samples(run, _sample_rows(before, after, (None, None), (None, None)))
+    write_samples(run.samples, _sample_rows(before, after, (None, None), (None, None)))
     groups = [prompt.key for prompt in after.rollout.prompts]
     sources = [prompt.source for prompt in after.rollout.prompts]
     nll_before, _ = _read(systems.baseline, None, before.rollout, config)
@@ -214,7 +225,7 @@ def _report(run: Run, config: EvaluateConfig, systems: Systems, after: Answers, 
     summary = without_nan(summary)
     first = next(iter(systems.judges), None)
     rows = _sample_rows(before, after, (judged[0].get(first or ""), judged[1].get(first or "")), rewards)
-    _write_samples(run, rows)
+    write_samples(run.samples, rows)
     _write_table(run, rows)
     write_json_atomic(run.summary, summary)
     write_report(run.path)
@@ -252,7 +263,9 @@ def _against_pool(
             }
             for name, scores in judged.items()
         },
-        "best_of": {str(n): _best_of(rewards, first, by_prompt, before, groups, n, config) for n in config.best_of},
+        "best_of": {
+            str(n): _best_of(rewards, first, by_prompt, before, groups, compared, n, config) for n in config.best_of
+        },
     }
 
 
@@ -304,18 +317,16 @@ def _compare(
 
 def _best_of(
     rewards: Sequence[float], judged: Sequence[float], by_prompt: Mapping[str, list[int]], before: Sequence[float],
-    groups: Sequence[str], n: int, config: EvaluateConfig,
+    groups: Sequence[str], compared: Sequence[int], n: int, config: EvaluateConfig,
 ) -> dict[str, Any]:  # fmt: skip
-    """The baseline's best of n by the reward model, judged against the baseline's own samples.
+    """The baseline's best of n by the reward model, judged against the `compared` of its own samples.
 
-    Where the pool is larger than n, the sample that a best-of-n is compared with is not among its candidates.
+    The candidates are the first n of the other samples: neither that which they are compared with is among them, nor
+    does it matter how large the pool is for the sake of another n.
     """
-    seen: dict[str, int] = {}
     best = []
-    for key in groups:
-        own = seen[key] = seen.get(key, -1) + 1
-        rows = by_prompt[key]
-        candidates = (rows[own + 1 :] + rows[: own + 1])[:n]
+    for key, own in zip(groups, compared, strict=True):
+        candidates = [i for i in by_prompt[key] if i != own][:n]
         best.append(judged[max(candidates, key=lambda i: rewards[i])])
     result = win_rate(best, before, tie=config.judge_tie, groups=groups)
     return {**asdict(result), "ci95": list(result.ci95), "mean": _mean(best)}
@@ -335,18 +346,18 @@ def _sample_rows(
     return rows
 
 
-def _write_samples(run: Run, rows: Sequence[Mapping[str, Any]]) -> None:
-    run.samples.unlink(missing_ok=True)
-    append_samples(run.samples, rows)
-
-
 def _write_table(run: Run, rows: Sequence[Mapping[str, Any]]) -> None:
-    """samples.md: the first answers side by side, to read without a browser."""
+    """samples.md: answers side by side, evenly spaced through all of them (24 to 47), to read without a browser."""
     lines = ["| prompt | before | after |", "|---|---|---|"]
     for row in rows[:: max(1, len(rows) // 24)]:
-        cells = [" ".join(str(row[k]).split()).replace("|", "\\|") for k in ("prompt", "before", "after")]
+        cells = [_plain(str(row[k])) for k in ("prompt", "before", "after")]
         lines.append(f"| {cells[0]} | {cells[1]} | {cells[2]} |")
     write_text_atomic(run.path / "samples.md", "\n".join(lines) + "\n")
+
+
+def _plain(text: str) -> str:
+    """One line of Markdown that shows the text and makes neither cells, tags, links nor pictures of it."""
+    return re.sub(r"[\\|<\[]", r"\\\g<0>", " ".join(text.split()))
 
 
 def _mean(values: Sequence[float]) -> float:

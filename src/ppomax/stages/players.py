@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 from ppomax.config import ModelConfig, PPOConfig
 from ppomax.models.load import Compute, load_causal_lm, load_scalar_lm, load_tokenizer, reads_alike, same_vocabulary
-from ppomax.models.players import Policy, Scalar
+from ppomax.models.players import Policy, Scalar, expect_equal_rows
 from ppomax.models.shard import loading, shard
 from ppomax.models.share import share_frozen, share_trunk
 from ppomax.monitor.clock import Clock
-from ppomax.rewards.callables import RewardFunction, function_name, limited, load_function
+from ppomax.rewards.callables import RewardFunction, expect_takes, function_name, limited, load_function
 from ppomax.rewards.mixture import Term, is_function, parse_terms
 from ppomax.rewards.model import RewardModel
 from ppomax.stages.inputs import training_of
@@ -47,12 +49,20 @@ class Players:
             return batch.with_trunk(self.policy.trunk(batch))
 
 
-def load_players(config: PPOConfig, compute: Compute, tokenizer: Any, reward: RewardFunction | None) -> Players:
-    """Load everything; `tokenizer` is the policy's. What does not fit together is a SetupError before any sampling."""
+def load_players(
+    config: PPOConfig, compute: Compute, tokenizer: Any, reward: RewardFunction | None, columns: Iterable[str] = ()
+) -> Players:
+    """Load everything; `tokenizer` is the policy's, `columns` are what reward functions are given beside the texts.
+
+    What does not fit together is a SetupError before any sampling.
+    """
     layers = config.compute.train_layers
     terms = [Term(function_name(reward), 1.0, reward)] if reward is not None else load_terms(
         config.reward, tokenizer, compute, config.compute, by_text=bool(config.sampling.stop)
     )  # fmt: skip
+    for term in terms:
+        if not isinstance(term.reward, RewardModel):
+            expect_takes(term.reward, columns, what=f"reward {term.name}")
     terms = [
         t if isinstance(t.reward, RewardModel)
         else replace(t, reward=limited(t.reward, config.reward_timeout, name=t.name))
@@ -65,7 +75,11 @@ def load_players(config: PPOConfig, compute: Compute, tokenizer: Any, reward: Re
     if frozen != config.policy and not same_vocabulary(load_tokenizer(frozen, config.compute.chat_template), tokenizer):
         raise SetupError(f"reference: {frozen} has another vocabulary than the policy {config.policy}")
     reference = Policy(load_causal_lm(frozen, compute), train_layers=layers, trained=False)
-    if config.kl.estimator != "full":  # there the policy's pass reads the reference's weights
+    if config.kl.estimator == "full":  # the policy's pass reads the reference's weights, so they stay whole
+        expect_equal_rows(
+            policy, reference, what=f"kl.estimator full with the reference {frozen}", instead="take k1, k2 or k3"
+        )
+    else:
         reference = shard(reference, compute, config.compute)
     if layers is not None:
         share_trunk(policy, reference, roles=("policy", "reference"))
@@ -89,10 +103,10 @@ def load_terms(
     terms = []
     for weight, spec in parse_terms(specs):
         if is_function(spec):
-            terms.append(Term(spec, weight, load_function(spec)))
+            terms.append(Term(_unused([spec], terms), weight, load_function(spec)))
         else:
             model = load_reward_model(spec, tokenizer, compute, config, by_text=by_text)
-            terms.append(Term(_short(spec, terms), weight, model))
+            terms.append(Term(_unused([_short(spec), spec], terms), weight, model))
     return terms
 
 
@@ -139,7 +153,12 @@ def _load_critic(config: PPOConfig, init: str, compute: Compute, tokenizer: Any,
     return shard(Scalar(model, trained=True, **training_of(config.compute, config.seed)), compute, config.compute)
 
 
-def _short(spec: str, terms: list[Term]) -> str:
+def _short(spec: str) -> str:
     path = Path(spec)
-    name = path.parent.name if path.name == "final" and path.parent.name else path.name
-    return name if all(term.name != name for term in terms) else spec
+    return path.parent.name if path.name == "final" and path.parent.name else path.name
+
+
+def _unused(names: list[str], terms: list[Term]) -> str:
+    """The first of the names that no term has; else the last one with a number."""
+    taken = {term.name for term in terms}
+    return next(name for name in chain(names, (f"{names[-1]} {n}" for n in count(2))) if name not in taken)

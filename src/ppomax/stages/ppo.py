@@ -29,6 +29,11 @@ def ppo(
     """
     if isinstance(reward, str):
         raise SetupError(f"reward: found the text {reward!r}, expected a callable; names go into PPOConfig(reward=...)")
+    if reward is not None and not callable(reward):
+        raise SetupError(
+            f"reward: found {type(reward).__name__}, expected one callable; several go, by name and with weights, into "
+            "PPOConfig(reward=...)"
+        )
     if reward is not None:  # config.yaml records what the run was trained for
         config = config.model_copy(update={"reward": (function_name(reward),)})
     with session("ppo", config, unit="iteration", resume=resume, fresh=fresh) as run:

@@ -65,8 +65,13 @@ def _advantage_conflicts(config: PPOConfig) -> list[Conflict]:
          f"{config.baseline} with advantage {config.advantage}, which has the critic's V; expected critic"),
         (config.k != 1 and config.advantage != "k_step", "k",
          f"{config.k} with advantage {config.advantage}; expected advantage k_step"),
-        (config.samples_per_prompt == 1 and config.baseline in ("leave_one_out", "group_normalise"),
+        (config.samples_per_prompt == 1 and config.baseline in ("leave_one_out", "group_mean", "group_normalise"),
          "samples_per_prompt", f"1 with baseline {config.baseline}; expected at least 2"),
+        (config.rollout_batch == 1 and config.baseline == "batch_mean", "rollout_batch",
+         "1 with baseline batch_mean, which takes a response's own return from it; expected at least 2"),
+        (config.whiten_advantages and config.minibatch == 1 and config.advantage == "whole_return",
+         "whiten_advantages", "True with minibatch 1 and advantage whole_return, one number for all tokens, of which "
+         "whitening leaves 0; expected minibatch 2 or more, or False"),
         (config.advantage == "rewards_to_go" and config.baseline == "group_normalise", "baseline",
          "group_normalise with advantage rewards_to_go; expected advantage whole_return"),
         (critic.init is not None and not config.needs_critic and config.score.truncated != "bootstrap", "critic.init",
@@ -124,6 +129,7 @@ def _reward_conflicts(config: PPOConfig) -> list[Conflict]:
 
 def _objective_conflicts(config: PPOConfig) -> list[Conflict]:
     objective, trpo = config.objective, config.objective.kind == "trpo"
+    steps = config.rollout_batch // config.minibatch * config.epochs * config.buffer
     only = {"penalty_target": ("penalty",), "dual_clip": ("clip",)}
     ignored = [
         (getattr(objective, name) is not None and objective.kind not in kinds, f"objective.{name}",
@@ -150,9 +156,10 @@ def _objective_conflicts(config: PPOConfig) -> list[Conflict]:
         (config.buffer > 1 and objective.importance_cap is None, "buffer",
          f"{config.buffer} without objective.importance_cap, whose weights make up for the age of what is learnt again;"
          " give one, e.g. 2"),
-        (objective.kind == "policy_gradient" and (config.minibatch < config.rollout_batch or config.epochs > 1),
-         "objective.kind", f"policy_gradient with {config.rollout_batch // config.minibatch * config.epochs} steps an "
-         "iteration, and no ratio to make up for the earlier ones; expected minibatch = rollout_batch and epochs 1"),
+        (objective.kind == "policy_gradient" and (config.minibatch < config.rollout_batch or config.epochs > 1
+                                                  or config.buffer > 1),
+         "objective.kind", f"policy_gradient with {steps} steps an iteration, and no ratio to make up for the earlier "
+         "ones; expected minibatch = rollout_batch, epochs 1 and buffer 1"),
         (trpo and config.compute.compiled, "compute.compiled",
          "True with objective trpo, which differentiates twice; expected False"),
         (trpo and config.kl.place == "loss", "kl.place", "loss with objective trpo; expected reward"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,8 +22,8 @@ from ppomax.engine.durable import disk_errors
 from ppomax.engine.optimiser import Optimiser
 from ppomax.engine.speed import model_shapes, peak_rate
 from ppomax.models.load import load_tokenizer
-from ppomax.monitor.log import append_samples, read_metrics
-from ppomax.rewards.callables import RewardFunction, limited, load_function, shared_columns
+from ppomax.monitor.log import append_samples, read_metrics, without_nan
+from ppomax.rewards.callables import RewardFunction, expect_takes, limited, load_function, shared_columns
 from ppomax.rewards.model import RewardModel
 from ppomax.rl.convergence import has_converged
 from ppomax.rl.kl import adaptive_coefficient, penalty_coefficient
@@ -34,7 +35,6 @@ from ppomax.stages.estimate import History
 from ppomax.stages.inputs import (
     Tokens,
     compute_of,
-    context_limit,
     dialogue_tokens,
     fingerprint,
     fitted_prompts,
@@ -45,6 +45,7 @@ from ppomax.stages.inputs import (
 )
 from ppomax.stages.players import Players, load_players
 from ppomax.stages.ppo_checks import PRETRAIN_WINDOW, expect_possible
+from ppomax.stages.ppo_fit import expect_fitting, expect_readable
 from ppomax.stages.session import Session
 from ppomax.stages.sft import adamw, schedule
 from ppomax.stages.update import Optimisers, Steering, schedule_position
@@ -175,13 +176,13 @@ class Job:
         """The run in a few numbers: first and last of what matters."""
         first, last = self.history[0], self.history[-1]
         keys = ("score_mean", "kl_per_sequence", "response_length", "perplexity", "entropy")
-        return {
+        return without_nan({
             "iterations": last["iteration"] + 1,
             "responses": self.config.rollout_batch * (last["iteration"] + 1),
             **{f"{key}_first": first[key] for key in keys},
             **{f"{key}_last": last[key] for key in keys},
             "alarms": sorted({alarm.partition(":")[0] for row in self.history for alarm in row.get("alarms", [])}),
-        }
+        })  # fmt: skip
 
 
 def prepare(run: Session, config: PPOConfig, reward: RewardFunction | None) -> Job:
@@ -190,21 +191,23 @@ def prepare(run: Session, config: PPOConfig, reward: RewardFunction | None) -> J
     compute = compute_of(config.compute)
     if config.sampling.engine == "vllm":  # whether it is there, before anything is read
         vllm_for(compute)
-    judge = limited(load_function(config.judge), config.reward_timeout, name="judge") if config.judge else None
+    judge = load_function(config.judge) if config.judge else None
     specs = required(config.prompts, "prompts", "prompts to answer")
     tokenizer = load_tokenizer(config.policy, config.compute.chat_template)
     read = fitted_prompts(tokenizer, specs, config.max_prompt_tokens)
     order = weighted_order(read.prompts, config.seed)
     prompts, prompt_ids = [read.prompts[i] for i in order], [read.ids[i] for i in order]
-    shared_columns([prompt.columns for prompt in prompts])  # names that no reward can be given
+    columns = shared_columns([prompt.columns for prompt in prompts])
+    if judge is not None:
+        expect_takes(judge, columns, what=f"judge {config.judge}")
+        judge = limited(judge, config.reward_timeout, name="judge")
     ptx, ptx_report = _read_ptx(tokenizer, config)
-    players = load_players(config, compute, tokenizer, reward)
+    players = load_players(config, compute, tokenizer, reward, columns)
     shapes = model_shapes(players.policy.base.config.to_dict())
     players.clock.peak = peak_rate(compute.device, compute.dtype, shapes.values())
     longest = max(map(len, prompt_ids)) + config.sampling.max_new_tokens
-    for role, player in (("policy", players.policy), ("critic", players.critic)):
-        if player is not None:
-            context_limit(player.model, longest, f"{role}: longest prompt + response")
+    expect_fitting(players, prompt_ids, ptx, longest)
+    expect_readable(players, prompts)
     optimisers = _optimisers(players, config)
     job = Job(
         config, players, optimisers, prompts, prompt_ids, ptx, judge,
@@ -224,8 +227,13 @@ def prepare(run: Session, config: PPOConfig, reward: RewardFunction | None) -> J
     run.describe(data_card(read.report, {"prompts": Part(read.prompts, [*map(len, read.ids)])}, fitted=read.fitted))
     if restored is not None:
         _restore(job, *restored)
-        job.history = [row for row in read_metrics(run.run.metrics) if row["iteration"] < job.start]
+        job.history = [_measured(row) for row in read_metrics(run.run.metrics) if row["iteration"] < job.start]
     return job
+
+
+def _measured(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of the log with NaN for numbers that were none, which JSON has as null."""
+    return row | {key: math.nan for key in row.get("nonfinite", ()) if row.get(key, 0) is None}
 
 
 def state_of(job: Job) -> tuple[dict[str, Tensor], dict[str, Any]]:
