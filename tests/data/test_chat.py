@@ -167,6 +167,14 @@ def test_prepare_leaves_a_template_without_invented_system_prompt(tokenizer: Pre
     assert prepare_tokenizer(tokenizer).chat_template == NEWLINE_AFTER
 
 
+def test_prepare_takes_the_default_of_several_templates(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = {"tool_use": CHATML, "default": NEWLINE_AFTER}  # type: ignore[assignment]
+    assert prepare_tokenizer(tokenizer).chat_template == NEWLINE_AFTER
+    tokenizer.chat_template = {"tool_use": CHATML, "rag": CHATML}  # type: ignore[assignment]
+    with pytest.raises(SetupError, match="found chat templates tool_use, rag, expected one named default"):
+        prepare_tokenizer(tokenizer)
+
+
 def test_prepare_replaces_an_invented_system_prompt_unless_it_was_asked_for(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -38,7 +39,7 @@ except ProcessLost as lost:
 def second_of_two(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """This process as the second of two that a launcher started on a machine with one GPU; which groups it asks for."""
     asked: list[Any] = []
-    for key, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+    for key, value in {"WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(key, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -49,11 +50,25 @@ def second_of_two(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 @pytest.mark.parametrize("device", ["auto", "cuda"])
-def test_every_process_needs_a_gpu_of_its_own(device: str, second_of_two: list[Any]) -> None:
-    found = "process 1 of this machine: found 1 GPUs, expected one for each process"
+@pytest.mark.parametrize("process", ["0", "1"])
+def test_every_process_needs_a_gpu_of_its_own(
+    device: str, process: str, second_of_two: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Found out by all of them: the first one says so, instead of waiting for the others."""
+    monkeypatch.setenv("LOCAL_RANK", process)
+    found = "2 processes on this machine: found 1 GPUs, expected one for each"
     with pytest.raises(SetupError, match=found), world.joined(minutes=1, device=device):
         pass
     assert second_of_two == []
+
+
+def test_an_error_that_cannot_be_sent_is_told(tmp_path: Path) -> None:
+    with open(tmp_path / "held", "w", encoding="utf-8") as held:
+        error = OSError("the server said 500", held)
+        assert isinstance(world._sendable(error), RuntimeError)
+        assert str(world._sendable(error)).startswith("OSError: ") and "500" in str(world._sendable(error))
+    fine = SetupError("found this, expected that")
+    assert world._sendable(fine) is fine
 
 
 def test_processes_on_the_processor_leave_gpus_alone(second_of_two: list[Any]) -> None:

@@ -56,3 +56,30 @@ def test_a_terminal_gets_a_bar_with_count_rate_and_note(monkeypatch: pytest.Monk
             advance(note="score [0.5]")
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.getvalue())
     assert "4/4" in text and "steps/s" in text and "score [0.5]" in text
+
+
+class _Unread(io.StringIO):
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+    def flush(self) -> None:
+        raise BrokenPipeError
+
+
+class _UnreadTerminal(_Unread):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize("out", [_Unread(), _UnreadTerminal()])
+def test_the_work_goes_on_when_nobody_reads(out: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    now = [0.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    done = 0
+    with progress("ppo", 4, file=out) as advance:
+        for _ in range(4):
+            now[0] += 20.0
+            advance()
+            done += 1
+    assert done == 4

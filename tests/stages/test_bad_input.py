@@ -385,6 +385,10 @@ def test_fresh_with_a_mistake_leaves_the_run_that_is_there(
     # Nor does it delete what it is to read.
     assert "no such directory" in refused([*ppo(**{"run-dir": kept, "policy": f"{kept}/final"}), "--fresh"])
     assert file_hashes(tmp_path / "kept") == before
+    # No disk holds so many checkpoints.
+    many = [*sft(**{"run-dir": kept}), "--fresh", "--save.keep", "10000000"]
+    assert "Free some space, keep fewer (save.keep)" in refused(many)
+    assert file_hashes(tmp_path / "kept") == before
     link = tmp_path / "link"
     link.symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere").mkdir()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -74,6 +77,27 @@ def test_trap_22_and_29_stopped_by_a_signal_it_saves_says_how_to_go_on_and_does(
     assert not (run_dir / "summary.json").exists()
     assert main([*words(verb, run_dir), "--resume"]) == 0
     expect_equal(verb, run_dir, uninterrupted(verb))
+
+
+def test_stopped_while_nobody_reads_what_it_says_it_saves_all_the_same(words: Words, tmp_path: Path) -> None:
+    """`ppomax ... 2>&1 | tee log`: Ctrl-C ends tee as well."""
+    run_dir = tmp_path / "run"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    running = subprocess.Popen(
+        [sys.executable, "-m", "ppomax", *words("ppo", run_dir)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=environment,
+    )
+    assert running.stdout is not None
+    while rows_in(run_dir / "metrics.jsonl") < 1:
+        assert running.poll() is None, running.stdout.read()
+        time.sleep(0.002)
+    running.stdout.close()
+    running.send_signal(signal.SIGINT)
+    assert running.wait(240) == 130
+    path, problems = latest_checkpoint(run_dir / "checkpoints")
+    assert path is not None and not problems and not (run_dir / "summary.json").exists()
 
 
 @pytest.mark.parametrize(("verb", "save_every"), [("sft", None), ("reward", None), ("ppo", None), ("ppo", "5")])
@@ -231,6 +255,17 @@ def test_where_no_checkpoint_is_intact_nothing_is_done(
     rows = (copied / "metrics.jsonl").read_bytes()
     assert main([*words("ppo", copied), "--resume"]) == 2
     assert "no checkpoint is intact; start over with --fresh" in capsys.readouterr().err.replace("\n", " ")
+    assert (copied / "metrics.jsonl").read_bytes() == rows
+
+
+def test_where_all_checkpoints_are_gone_the_log_stays(
+    copied: Path, words: Words, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(copied / "checkpoints")
+    rows = (copied / "metrics.jsonl").read_bytes()
+    assert main([*words("ppo", copied), "--resume"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"no checkpoint is left of a run with {len(rows.splitlines())} rows in its log; restore them or" in said
     assert (copied / "metrics.jsonl").read_bytes() == rows
 
 

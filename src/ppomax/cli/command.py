@@ -55,8 +55,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if explained is None:
             raise
         code, message = explained
-        # Several processes fail alike, and one on each machine says so; memory is every process's own.
-        if os.environ.get("LOCAL_RANK", "0") == "0" or out_of_memory(error):
+        # Several processes fail alike, and one on each machine says so; memory, and who is missed, is each one's own.
+        own = isinstance(error, ProcessLost) or out_of_memory(error)
+        if os.environ.get("LOCAL_RANK", "0") == "0" or own:
             show = show_stopped if isinstance(error, KeyboardInterrupt | Interrupted) else show_error
             show(message)
         if os.environ.get("PPOMAX_DEBUG") == "1":

@@ -15,6 +15,7 @@ from ppomax.cli.parse import ABOUT, VERBS
 from ppomax.config import Schema
 from ppomax.config.layers import nearest, plain
 from ppomax.errors import SetupError, printable
+from ppomax.monitor.progress import LastingConsole
 
 GIB = 2**30
 
@@ -253,4 +254,4 @@ def _stdout() -> Console:
 
 
 def _stderr() -> Console:
-    return Console(stderr=True, highlight=False)
+    return LastingConsole(stderr=True, highlight=False)

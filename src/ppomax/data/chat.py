@@ -66,6 +66,11 @@ def prepare_tokenizer(tokenizer: PreTrainedTokenizerBase, template: str | None =
         raise SetupError(f"tokenizer {name}: it has no eos token, so nothing can end a response; set its eos_token")
     if template is not None:
         tokenizer.chat_template = chat_template(template)
+    if isinstance(tokenizer.chat_template, dict):  # several by name: what apply_chat_template takes of them
+        if "default" not in tokenizer.chat_template:
+            found = ", ".join(tokenizer.chat_template)
+            raise SetupError(f"tokenizer {name}: found chat templates {found}, expected one named default")
+        tokenizer.chat_template = tokenizer.chat_template["default"]
     if not tokenizer.chat_template:
         raise SetupError(
             f"tokenizer {name}: it has no chat template. Give one with --compute.chat-template FILE, "

@@ -158,10 +158,11 @@ def checkpoint_number(path: Path) -> int:
     return int(path.name.rsplit("-", 1)[1])
 
 
-def dry_run(folder: Path, bytes_needed: int, *, copies: int = 2) -> None:
+def dry_run(folder: Path, bytes_needed: int, *, copies: int = 2, freed: int = 0) -> None:
     """Save and delete a small checkpoint in `folder`, and compare the free space with `copies` of `bytes_needed`.
 
-    One more than are kept, because a new checkpoint is complete before an old one goes. Raises SetupError.
+    One more than are kept, because a new checkpoint is complete before an old one goes. freed: bytes of what will be
+    deleted before the first save. Raises SetupError.
     """
     folder, room = Path(folder), size_text(copies * bytes_needed)
     probe: Path | None = None
@@ -179,7 +180,7 @@ def dry_run(folder: Path, bytes_needed: int, *, copies: int = 2) -> None:
     finally:
         if probe is not None:
             shutil.rmtree(probe, ignore_errors=True)
-    free = free_bytes(folder)
+    free = free_bytes(folder) + freed
     if free < copies * bytes_needed:
         raise SetupError(
             f"{folder}: found {size_text(free)} free, expected {room} ({copies} checkpoints of "

@@ -106,6 +106,10 @@ class Run:
         """True when summary.json is there and, for a verb that trains, `final/` is complete."""
         return self.summary.is_file() and (self.verb not in TRAINING_VERBS or final_complete(self.final))
 
+    def previous_bytes(self) -> int:
+        """Bytes of the run that `fresh` set aside."""
+        return sum(p.lstat().st_size for p in (self.path / PREVIOUS).rglob("*"))
+
     def forget_previous(self) -> None:
         """Delete the run that `fresh` set aside, if there is one: from here on the new one counts."""
         previous = self.path / PREVIOUS
@@ -263,6 +267,8 @@ def _take_lock(path: Path) -> TextIO:
     lock.truncate()
     lock.write(f"{os.getpid()}\n")
     lock.flush()
+    # A reward's worker processes would inherit it, and outlive a run that was killed.
+    os.register_at_fork(after_in_child=lock.close)
     return lock
 
 

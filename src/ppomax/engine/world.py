@@ -7,6 +7,7 @@ them. Only passes through models are divided: each process reads its share of th
 from __future__ import annotations
 
 import os
+import pickle
 import threading
 import time
 import warnings
@@ -59,11 +60,12 @@ def joined(*, minutes: float, device: str = "auto") -> Iterator[None]:
         return
     on_gpus = device != "cpu" and torch.cuda.is_available()
     if on_gpus:
-        local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
-        if local >= gpus:
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", local + 1)), torch.cuda.device_count()
+        if here > gpus:
             raise SetupError(
-                f"process {local} of this machine: found {gpus} GPUs, expected one for each process; start fewer, or "
-                "compute on the processor (--compute.device cpu)"
+                f"{here} processes on this machine: found {gpus} GPUs, expected one for each; start fewer, or compute "
+                "on the processor (--compute.device cpu)"
             )
         torch.cuda.set_device(local)
     backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
@@ -128,15 +130,25 @@ def first(work: Callable[[], T]) -> T:
     if size() == 1:
         return work()
     outcome: list[Any] = [None, None]
+    failure: Exception | None = None
     if is_first():
         try:
             outcome[0] = work()
         except Exception as error:
-            outcome[1] = error
+            failure, outcome[1] = error, _sendable(error)
     dist.broadcast_object_list(outcome)
     if outcome[1] is not None:
-        raise outcome[1]
+        raise failure or outcome[1]
     return outcome[0]
+
+
+def _sendable(error: Exception) -> Exception:
+    """The error, or what it says where it cannot go to another process (one that holds an open file, say)."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {first_line(error)}")
+    return error
 
 
 def of_first(value: T) -> T:

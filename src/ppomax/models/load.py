@@ -23,7 +23,9 @@ from ppomax.models.lora import ADAPTER, has_adapters, merged_state, save_adapter
 from ppomax.types import Dialogue, Message, SetupError
 
 # What reading a directory of somebody else's may raise.
-UNREADABLE = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, StrictDataclassError)
+UNREADABLE = (
+    OSError, ValueError, KeyError, TypeError, RuntimeError, ImportError, SafetensorError, StrictDataclassError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ def load_tokenizer(name: str, template: str | None = None, *, otherwise: str | N
 def load_config(name: str) -> dict[str, Any]:
     """What config.json says of a model."""
     try:
-        return AutoConfig.from_pretrained(model_directory(name)).to_dict()
+        return AutoConfig.from_pretrained(model_directory(name), trust_remote_code=False).to_dict()
     except UNREADABLE as error:
         raise SetupError(f"{name}: config.json cannot be read: {first_line(error)}") from None
 

@@ -88,7 +88,7 @@ def shape_named(name: str) -> Shape:
     if name in EMBEDDED:
         return shape_sized(EMBEDDED[name], 0)
     try:
-        return shape_of(AutoConfig.from_pretrained(model_directory(name)), name)
+        return shape_of(AutoConfig.from_pretrained(model_directory(name), trust_remote_code=False), name)
     except UNREADABLE as error:
         if isinstance(error, SetupError):
             raise
@@ -150,7 +150,7 @@ def shape_of(config: Any, name: str) -> Shape:
     """The shape of an architecture: its modules are made on the meta device, where they take no memory."""
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
             model.tie_weights()  # the first versions of transformers 5 leave it to whoever makes a model this way
     except UNREADABLE as error:
         raise SetupError(f"{name}: no causal LM can be made of its config.json: {error}") from None

@@ -5,13 +5,21 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Protocol, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 _SECONDS_BETWEEN_LINES = 10.0
+
+
+class LastingConsole(Console):
+    """A console whose reader may go (`| tee` on Ctrl-C): from then on it is silent, and the work goes on."""
+
+    def on_broken_pipe(self) -> None:
+        """rich ends the program here."""
+        self.quiet = True
 
 
 class Advance(Protocol):
@@ -32,7 +40,7 @@ def progress(
     if quiet:
         yield _nothing
         return
-    console = Console(file=file or sys.stderr)
+    console = LastingConsole(file=file or sys.stderr)
     shown = _bar if console.is_terminal else _lines
     with shown(console, label, total, done, unit) as advance:
         yield advance
@@ -73,7 +81,8 @@ def _lines(console: Console, label: str, total: int, done: int, unit: str) -> It
         left = (total - count) * elapsed / (count - done) if count > done else None
         ending = f"{_clock(elapsed)} elapsed" if count >= total or left is None else f"{_clock(left)} left"
         parts = [f"{label}: {count}/{total} {unit}", _rate(count - done, elapsed, unit), ending, last_note]
-        print(", ".join(part for part in parts if part), file=console.file, flush=True)
+        with suppress(BrokenPipeError):  # nobody reads any longer
+            print(", ".join(part for part in parts if part), file=console.file, flush=True)
 
     def advance(amount: int = 1, note: str = "") -> None:
         nonlocal count, printed, last_note

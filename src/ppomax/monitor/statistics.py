@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,7 +11,6 @@ import numpy as np
 from ppomax.types import DataError
 
 _RESAMPLES = 2000
-_Z95 = 1.959964  # 97.5 % of a normal distribution lie below it
 
 
 @dataclass(frozen=True)
@@ -31,9 +30,9 @@ def win_rate(
     """How often a beats b, N comparisons; a tie is a difference of at most `tie` score units.
 
     The interval is the percentile bootstrap over `groups` (one prompt each: samples of one prompt resemble each other,
-    so resampling rows would make it too narrow), 2,000 resamples, always the same seed, widened to Wilson's score
-    interval of as many draws as there are groups: where all groups agree, a bootstrap sees no spread at all. With fewer
-    than two groups the interval is (0, 1). Sources: Efron & Tibshirani (1993), ch. 13; Wilson (1927).
+    so resampling rows would make it too narrow), 2,000 resamples, always the same seed. Two groups are added, one that
+    a wins and one that it loses: where all groups agree, a bootstrap alone sees no spread. With fewer than two groups
+    the interval is (0, 1). Sources: Efron & Tibshirani (1993), ch. 13; Agresti & Coull (1998) for the added groups.
     """
     a, b = np.asarray(scores_a, dtype=np.float64), np.asarray(scores_b, dtype=np.float64)
     if not len(a) == len(b) == len(groups) or len(a) == 0:
@@ -79,27 +78,14 @@ def _interval(points: np.ndarray, rate: float, groups: Sequence[Hashable]) -> tu
     index = {group: i for i, group in enumerate(dict.fromkeys(groups))}
     if len(index) < 2:
         return (0.0, 1.0)
-    ends = rate, *_bootstrap_interval(points, groups, index), *_wilson_interval(rate, len(index))
-    return min(ends), max(ends)
-
-
-def _wilson_interval(rate: float, n: int) -> tuple[float, float]:
-    """The rates from which a share `rate` of `n` independent draws is not further than 1.96 standard deviations."""
-    z2 = _Z95**2
-    middle = (rate + z2 / (2 * n)) / (1 + z2 / n)
-    half = _Z95 * math.sqrt(rate * (1 - rate) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    return max(middle - half, 0.0), min(middle + half, 1.0)
-
-
-def _bootstrap_interval(
-    points: np.ndarray, groups: Sequence[Hashable], index: Mapping[Hashable, int]
-) -> tuple[float, float]:
     member = np.array([index[group] for group in groups])
     sums, sizes = np.bincount(member, weights=points), np.bincount(member)
+    typical = sizes.mean()
+    sums, sizes = np.append(sums, [typical, 0.0]), np.append(sizes, [typical, typical])
     random = np.random.default_rng(0)
     means = np.empty(_RESAMPLES)
     for i in range(_RESAMPLES):
-        drawn = random.integers(len(index), size=len(index))
+        drawn = random.integers(len(sums), size=len(sums))
         means[i] = sums[drawn].sum() / sizes[drawn].sum()
     low, high = np.quantile(means, [0.025, 0.975])
-    return (float(low), float(high))
+    return min(float(low), rate), max(float(high), rate)

@@ -16,7 +16,7 @@ from ppomax.config import EvaluateConfig
 from ppomax.engine.durable import write_json_atomic, write_text_atomic
 from ppomax.engine.rundir import Run
 from ppomax.models.load import load_causal_lm, load_tokenizer, reads_alike, same_vocabulary
-from ppomax.models.players import Policy, at_responses
+from ppomax.models.players import Policy, at_responses, expect_equal_rows
 from ppomax.monitor.log import without_nan
 from ppomax.monitor.progress import progress
 from ppomax.monitor.report import write_report
@@ -91,6 +91,11 @@ def _evaluate(run: Run, config: EvaluateConfig) -> dict[str, Any]:
     print(f"evaluate: {read}; {len(prompts)} prompts × {config.samples_per_prompt} samples a system")
     policy = Policy(load_causal_lm(config.policy, compute), train_layers=None, trained=False)
     baseline = Policy(load_causal_lm(config.baseline, compute), train_layers=None, trained=False)
+    if config.sampling.warped:
+        expect_equal_rows(
+            policy, baseline, what=f"exact KL to the baseline {config.baseline}",
+            instead="leave out top_p, top_k and repetition_penalty",
+        )  # fmt: skip
     longest = max(map(len, ids)) + config.sampling.max_new_tokens
     for role, player in (("policy", policy), ("baseline", baseline)):
         context_limit(player.model, longest, f"{role}: longest prompt + response")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -13,7 +14,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from rich.console import Console
 from torch import Tensor
 
 from ppomax.config import PPOConfig, RewardConfig, SaveConfig, Schema, SFTConfig
@@ -32,7 +32,7 @@ from ppomax.engine.durable import disk_errors, sync_folder, write_json_atomic
 from ppomax.engine.rundir import Run, open_run, save_final
 from ppomax.errors import NonFiniteError, SaveError, first_line
 from ppomax.monitor.log import MetricsLog, drop_rows_after, read_metrics, unbroken_rows
-from ppomax.monitor.progress import Advance, progress
+from ppomax.monitor.progress import Advance, LastingConsole, progress
 from ppomax.monitor.report import write_report
 from ppomax.stages.inputs import expect_same_weights, weights_hash
 from ppomax.stages.stopping import Stop, asking_to_stop, interrupted
@@ -64,7 +64,9 @@ class Session:
     earlier_seconds: float = 0.0
     frozen: dict[str, str] = field(default_factory=dict)
     data: str = ""
-    console: Console = field(default_factory=lambda: Console(stderr=True, highlight=False, quiet=not world.is_first()))
+    console: LastingConsole = field(
+        default_factory=lambda: LastingConsole(stderr=True, highlight=False, quiet=not world.is_first())
+    )
     log: MetricsLog | None = None
     wait_minutes: float = 30
     at_end: ExitStack = field(default_factory=ExitStack)
@@ -96,10 +98,10 @@ class Session:
     def rehearse(self, bytes_needed: int) -> None:
         """Dry-run the save: a disk that cannot hold the checkpoints is found before step 1.
 
-        All that was given has been read by now, so a run that `fresh` is to replace goes first.
+        All that was given has been read by now, so a run that `fresh` is to replace goes; its space counts as free.
         """
+        dry_run(self.run.checkpoints, bytes_needed, copies=self._room(), freed=world.first(self.run.previous_bytes))
         world.first(self.run.forget_previous)
-        dry_run(self.run.checkpoints, bytes_needed, copies=self._room())
 
     def _room(self) -> int:
         """Checkpoints that the disk must still hold: a new one is complete before an old one goes."""
@@ -157,10 +159,18 @@ class Session:
         for problem in problems:
             said = f"passed over a damaged checkpoint: {problem}"
             self.console.print(said, style="yellow", markup=False, soft_wrap=True)
-        if path is None and problems:
-            cause = "the log ends before any intact checkpoint; restore it or" if beyond else "no checkpoint is intact;"
+        if path is not None:
+            return path
+        cause = ""
+        if beyond:
+            cause = "the log ends before any intact checkpoint; restore it or"
+        elif problems:
+            cause = "no checkpoint is intact;"
+        elif rows >= self.save.every or self.run.summary.exists():
+            cause = f"no checkpoint is left of a run with {rows} rows in its log; restore them or"
+        if cause:
             raise SetupError(f"{self.run.checkpoints}: {cause} start over with --fresh")
-        return path
+        return None
 
     def seconds(self) -> float:
         """Seconds of work so far, earlier parts of a resumed run included."""
@@ -261,6 +271,8 @@ class Session:
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Write one row of measurements; `restore` has opened the log."""
+        if self.save.keep_best:  # when to save is decided alike everywhere
+            row = world.of_first(row)
         self._compare(row)
         best, early = self._best_metric, row.get("phase") == "critic"
         if best and not self.best_is_known and not (early and best in OF_POLICY_UPDATES):
@@ -290,8 +302,9 @@ def opened_run(
 ) -> Iterator[Run]:
     """`open_run` for the time of a block. A run that fails before its first result leaves nothing in a directory that
     was empty, so that the mended command needs no --fresh; one that was to replace another leaves that as it was."""
-    was_there = path.is_dir()
-    was_empty = not was_there or not any(path.iterdir())
+    was_there = os.path.isdir(path)  # Path.is_dir raises where the folder above cannot be read
+    with disk_errors(path):
+        was_empty = not was_there or not any(path.iterdir())
     opened: list[Run] = []
     # The first process holds the lock for all; an open file cannot be handed on.
     world.first(

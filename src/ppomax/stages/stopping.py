@@ -41,9 +41,9 @@ def asking_to_stop(stop: Stop, *, say: Callable[[], None], grace: float | None, 
         if stop.by:
             raise KeyboardInterrupt
         stop.by = signal.Signals(number)
-        say()
         if number == signal.SIGTERM and grace is not None:
             threading.Thread(target=_end_of_grace, args=(grace, over), daemon=True).start()
+        say()
 
     handlers = {}
     try:
