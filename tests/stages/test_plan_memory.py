@@ -11,7 +11,7 @@ from torch import nn
 from transformers import DynamicCache, LlamaForCausalLM
 from transformers import LlamaForSequenceClassification as LlamaScalar
 
-from ppomax.config import ModelConfig, PlanConfig, SamplingConfig
+from ppomax.config import KLConfig, ModelConfig, PlanConfig, SamplingConfig
 from ppomax.data.batches import prompt_batches, token_budget_batches
 from ppomax.engine.optimiser import Optimiser
 from ppomax.models.lora import Lora
@@ -108,6 +108,22 @@ def test_sharded_state_by_hand() -> None:
     frozen = Role("reference", policy.shape, False, False)
     of_frozen = [player_bytes(frozen, PlanConfig(), machine, shard).weights for shard in ("none", "zero2", "zero3")]
     assert of_frozen == [2 * n, 2 * n, 2 * n / 8]
+
+
+def test_what_is_frozen_and_shared_is_not_divided_by_zero3() -> None:
+    machine, n, m = Machine(8, 80 * GIB, 2, packs=False), 39_976_960, 6_738_415_616
+    shape = shape_sized("7b", 7e9)
+    policy, frozen = Role("policy", shape, False, True), Role("reference", shape, False, False)
+    adapters = PlanConfig(compute=ModelConfig(lora_rank=16))
+    # Rank 16 beside q, k, v, o (4096 × 4096) and gate, up, down (4096 × 11008) of 32 layers.
+    assert n == 32 * 16 * (4 * (4096 + 4096) + 3 * (4096 + 11008))
+    found = player_bytes(policy, adapters, machine, "zero3")
+    assert (found.weights, found.masters, found.gathered) == (2 * m, 4 * n / 8, 2 * n)
+    players = {"policy": found, "reference": player_bytes(frozen, adapters, machine, "zero3")}
+    assert phases([policy, frozen], players, adapters, machine, "zero3")["generate"]["gathered weights"] == 2 * n
+    exact = PlanConfig(kl=KLConfig(estimator="full"))
+    assert player_bytes(frozen, exact, machine, "zero3").weights == 2 * m
+    assert player_bytes(frozen, PlanConfig(), machine, "zero3").weights == 2 * m / 8
 
 
 @pytest.mark.parametrize("shard", ["zero2", "zero3"])

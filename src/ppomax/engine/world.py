@@ -6,8 +6,8 @@ them. Only passes through models are divided: each process reads its share of th
 
 from __future__ import annotations
 
+import copy
 import os
-import pickle
 import threading
 import time
 import warnings
@@ -145,7 +145,7 @@ def first(work: Callable[[], T]) -> T:
 def _sendable(error: Exception) -> Exception:
     """The error, or what it says where it cannot go to another process (one that holds an open file, say)."""
     try:
-        pickle.loads(pickle.dumps(error))
+        copy.deepcopy(error)  # takes it apart and puts it together as sending it does
     except Exception:
         return RuntimeError(f"{type(error).__name__}: {first_line(error)}")
     return error

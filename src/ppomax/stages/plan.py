@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -154,11 +155,14 @@ def knobs(layout: Layout, roles: Sequence[Role], machine: Machine, reserve: floa
     for flags, changed in _smaller(layout.config, equal):
         peak = _peak(Layout(layout.name, flags, changed, layout.shard), roles, machine)
         found.append({"change": flags, "peak": peak, "fits": peak <= machine.memory * (1 - reserve)})
-    for count in (2**power * machine.count for power in range(1, 11)):
+    # More devices divide what is trained, and frozen weights only where nothing is shared: then all may be trained.
+    all_trained = {"lora_rank": None, "train_layers": None, "gradient_checkpointing": True}
+    ways = {"": layout.config, ", everything trained, checkpointing": _with(layout.config, compute=all_trained)}
+    for count, (words, config) in product((2**power * machine.count for power in range(1, 11)), ways.items()):
         more = Machine(count, machine.memory, machine.compute, machine.packs)
-        peak = _peak(Layout(layout.name, "", layout.config, "zero3"), roles, more)
+        peak = _peak(Layout(layout.name, "", config, "zero3"), roles, more)
         if count <= MOST_GPUS and peak <= more.memory * (1 - reserve):
-            found.append({"change": f"{count} GPUs, --compute.shard zero3", "peak": peak, "fits": True})
+            found.append({"change": f"{count} GPUs, --compute.shard zero3{words}", "peak": peak, "fits": True})
             break
     peak = _peak(layout, roles, machine)
     return sorted((knob for knob in found if knob["peak"] < peak), key=lambda knob: (not knob["fits"], knob["peak"]))

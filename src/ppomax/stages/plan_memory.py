@@ -231,6 +231,13 @@ class Bytes:
         return self.weights + self.masters + self.moments + self.average
 
 
+def stays_whole(role: Role, config: PlanConfig) -> bool:
+    """Whether zero3 leaves a player's frozen parameters undivided: those that it has in common with others (adapters,
+    upper layers), and a reference whose whole distribution is read."""
+    shares = config.compute.train_layers is not None or config.compute.lora_rank is not None
+    return shares or (role.name == "reference" and config.kl.estimator == "full")
+
+
 def player_bytes(role: Role, config: PlanConfig, machine: Machine, shard: str) -> Bytes:
     """One player's state on one device under `shard`: none, zero2 or zero3."""
     part, compute, W = held(role, config), machine.compute, machine.count
@@ -241,12 +248,13 @@ def player_bytes(role: Role, config: PlanConfig, machine: Machine, shard: str) -
         return Bytes(
             part.owned * compute, masters, 8 * part.trained, FLOAT32 * part.trained, 0.0, kept, average
         )  # fmt: skip
-    frozen = (part.owned - part.trained) * compute
+    whole = shard == "zero2" or stays_whole(role, config)
+    frozen, spread = (part.owned - part.trained) * compute, part.trained if whole else role.parameters
     units = (2 * role.shape.layer + role.shape.embedding + role.shape.unembedding) * compute
     return Bytes(
-        frozen if shard == "zero2" else frozen / W,
+        frozen if whole else frozen / W,
         FLOAT32 * part.trained / W, 8 * part.trained / W, FLOAT32 * part.trained / W,
-        gathered=part.trained * compute if shard == "zero2" else min(units, role.parameters * compute),
+        gathered=part.trained * compute if shard == "zero2" else min(units, spread * compute),
         activations=kept, average=average / W,
     )  # fmt: skip
 
@@ -259,8 +267,8 @@ def phases(
     always = sum(player.always for player in players.values())
     sharded, part = shard != "none", microbatch(config, machine)
     decoding = policy.parameters * machine.compute if sharded else 0.0
-    if shard == "zero2":
-        decoding = players["policy"].gathered
+    if shard == "zero2" or (sharded and stays_whole(policy, config)):
+        decoding = held(policy, config).trained * machine.compute
     # One player at a time: a pass without gradient gives back what it gathered, a backward pass does as well.
     gathered = max(player.gathered for player in players.values())
     trunk = trunk_states(policy, config, machine)
