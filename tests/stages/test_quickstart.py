@@ -202,6 +202,16 @@ def test_killed_and_interrupted_it_is_what_it_would_have_been(finished: Finished
     assert without_times(summary_of(finished.path)) == without_times(finished.summary)
 
 
+def test_a_misspelt_model_costs_nothing(finished: Finished, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(finished.path, run)
+    before = file_hashes(run)
+    assert main(["quickstart", "--run-dir", str(run), "--model", "tyni", "--fresh"]) == 2
+    assert file_hashes(run) == before
+    assert main(["quickstart", "--run-dir", str(tmp_path / "new"), "--model", "tyni"]) == 2
+    assert not (tmp_path / "new").exists()
+
+
 def test_fresh_starts_over(finished: Finished, command: type[Command], tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished.path, run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Callable
 from importlib.resources import files
@@ -25,7 +26,7 @@ from ppomax.config import (
 from ppomax.config.layers import plain
 from ppomax.engine.durable import write_json_atomic
 from ppomax.engine.rundir import Run, open_run
-from ppomax.models.embedded import embedded_directory
+from ppomax.models.load import model_directory
 from ppomax.monitor.report import write_report
 from ppomax.rewards.callables import load_function
 from ppomax.stages.evaluate import evaluate
@@ -62,7 +63,13 @@ def quickstart(config: QuickstartConfig) -> dict[str, Any]:
 def _quickstart(run: Run, config: QuickstartConfig) -> dict[str, Any]:
     began, seconds = time.monotonic(), _Stopwatch(run.path / "stage_seconds.json")
     at = run.path
-    seconds("model", lambda: embedded_directory(config.model))
+    try:
+        seconds("model", lambda: model_directory(config.model))
+    except BaseException:
+        # A misspelt name, a full disk: what was there is there again, and the mended command needs nothing more.
+        if not run.bring_back_previous() and not (at / "sft").exists():
+            shutil.rmtree(at, ignore_errors=True)
+        raise
     run.forget_previous()
     plan = stage_configs(config)
     seconds("sft", lambda: _unless_finished(at / "sft", "sft", lambda: sft(plan["sft"], resume=True)))
