@@ -269,6 +269,36 @@ def test_where_all_checkpoints_are_gone_the_log_stays(
     assert (copied / "metrics.jsonl").read_bytes() == rows
 
 
+@pytest.mark.parametrize("background", [False, True])
+def test_a_run_killed_before_its_first_checkpoint_was_complete_begins_anew(
+    background: bool, copied: Path, words: Words, uninterrupted: Callable[[str], Path]
+) -> None:
+    every, turns = 2, 2 if background else 1
+    shutil.rmtree(copied / "checkpoints")
+    keep_rows(copied, every * turns)
+    given = [f"--save.every={every}", "--save.background" if background else "--save.no-background", "--resume"]
+    assert main([*words("ppo", copied), *given]) == 0
+    expect_equal("ppo", copied, uninterrupted("ppo"))
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_row_more_says_that_checkpoints_were_lost(
+    background: bool, copied: Path, words: Words, capsys: pytest.CaptureFixture[str]
+) -> None:
+    every, turns = 1, 2 if background else 1
+    shutil.rmtree(copied / "checkpoints")
+    keep_rows(copied, every * turns + 1)
+    given = [f"--save.every={every}", "--save.background" if background else "--save.no-background", "--resume"]
+    assert main([*words("ppo", copied), *given]) == 2
+    assert f"no checkpoint is left of a run with {every * turns + 1} rows" in " ".join(capsys.readouterr().err.split())
+
+
+def keep_rows(run: Path, count: int) -> None:
+    rows = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    assert len(rows) >= count
+    (run / "metrics.jsonl").write_text("".join(rows[:count]))
+
+
 def test_a_torn_last_row_is_no_obstacle(copied: Path, words: Words, uninterrupted: Callable[[str], Path]) -> None:
     for name in ("metrics.jsonl", "samples.jsonl"):
         with (copied / name).open("a") as file:

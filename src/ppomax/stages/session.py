@@ -166,11 +166,16 @@ class Session:
             cause = "the log ends before any intact checkpoint; restore it or"
         elif problems:
             cause = "no checkpoint is intact;"
-        elif rows >= self.save.every or self.run.summary.exists():
+        elif rows > self._rows_unsaved or self.run.summary.exists():
             cause = f"no checkpoint is left of a run with {rows} rows in its log; restore them or"
         if cause:
             raise SetupError(f"{self.run.checkpoints}: {cause} start over with --fresh")
         return None
+
+    @property
+    def _rows_unsaved(self) -> int:
+        """As many rows may be in the log before the first checkpoint is complete."""
+        return self.save.every * (2 if self.save.background else 1)
 
     def seconds(self) -> float:
         """Seconds of work so far, earlier parts of a resumed run included."""
