@@ -17,6 +17,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from ppomax.monitor.log import read_metrics
 from ppomax.stages.rank import rank
 from ppomax.stages.reward import reward
 from ppomax.stages.sft import sft
+from ppomax.types import Pair
 
 BATCH, LEARNING_RATE, WARMUP = 8, {"reward": 2e-5, "sft": 1e-4}, 0.1
 CONTENDERS = {"reward": ("ppomax", "trl"), "sft": ("ppomax", "trl", "trl packed")}
@@ -48,6 +50,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"])
     parser.add_argument("--rows", type=int, default=256)
     parser.add_argument("--heldout", type=int, default=0, help="prompts whose pairs are ranked at the end (reward)")
+    parser.add_argument("--heldout-data", help="pairs to rank at the end instead, from another file (reward)")
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
@@ -74,6 +77,8 @@ def _table(arguments: argparse.Namespace, runs: dict[str, list[Run]]) -> str:
         f"data {Path(arguments.data or DIALOGUES.name).name}", f"seed {arguments.seed}",
         f"fastest of {arguments.repeats}",
     ]  # fmt: skip
+    if ours["ranked"]:
+        setting.append(f"accuracy on {ours['ranked']} held-out pairs")
     heading = ("contender", "seconds", "tokens/s", "ppomax is faster by", "peak GiB", "slowest / fastest", "accuracy")
     rows = [
         (
@@ -105,15 +110,16 @@ def _contend(arguments: argparse.Namespace) -> Run:
             theirs = {"reward": _trl_reward, "sft": _trl_sft}[arguments.stage]
             seconds = theirs(arguments, learn, work, tokenizer, dtype)
         peak = peak_gib(arguments.device)
-        accuracy = None
+        accuracy, ranked = None, 0
         if held:
             data = (write_rows(work / "heldout.jsonl", held),)
             summary = rank(
                 RankConfig(run_dir=work / "rank", reward=str(work / "run" / "final"), data=data, compute=config)
             )
-            accuracy = summary["accuracy"]
+            accuracy, ranked = summary["accuracy"], summary["heldout_pairs"]
     return {
-        "seconds": seconds, "tokens": tokens, "rows": len(learn), "dtype": dtype, "peak_gib": peak, "accuracy": accuracy
+        "seconds": seconds, "tokens": tokens, "rows": len(learn), "dtype": dtype, "peak_gib": peak,
+        "accuracy": accuracy, "ranked": ranked,
     }  # fmt: skip
 
 
@@ -126,11 +132,9 @@ def _rows(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dic
     if arguments.data:
         pairs, _ = read_pairs(arguments.data)
         learn, held = split_by_key(pairs, arguments.heldout, arguments.seed) if arguments.heldout else (pairs, [])
-        sides = [
-            [{"prompt": list(p.prompt), "chosen": _answer(p.chosen), "rejected": _answer(p.rejected)} for p in part]
-            for part in (learn, held)
-        ]
-        return sides[0][: arguments.rows], sides[1]
+        if arguments.heldout_data:
+            held, _ = read_pairs(arguments.heldout_data)
+        return _pair_rows(learn)[: arguments.rows], _pair_rows(held)
     dialogues, _ = read_dialogues(str(DIALOGUES))
     answers = [d.messages[-1]["content"] for d in dialogues]
     rows = [
@@ -139,6 +143,10 @@ def _rows(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dic
     ]
     learn = len(rows) - arguments.heldout
     return rows[:learn][: arguments.rows], rows[learn:]
+
+
+def _pair_rows(pairs: Iterable[Pair]) -> list[dict[str, Any]]:
+    return [{"prompt": list(p.prompt), "chosen": _answer(p.chosen), "rejected": _answer(p.rejected)} for p in pairs]
 
 
 def _answer(text: str) -> list[dict[str, str]]:
