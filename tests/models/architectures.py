@@ -12,14 +12,24 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    BertConfig,
+    BloomConfig,
+    FalconConfig,
     Gemma2Config,
+    Gemma3Config,
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
+    MambaConfig,
     MistralConfig,
+    OpenAIGPTConfig,
+    OPTConfig,
     PhiConfig,
+    PhimoeConfig,
     Qwen2Config,
+    Starcoder2Config,
 )
 
 from ppomax.models.load import Compute, export, export_scalar, load_causal_lm, load_scalar_lm, load_tokenizer
@@ -61,12 +71,45 @@ CONFIGS: dict[str, Any] = {
     "gemma3": lambda: Gemma3TextConfig(**_GEMMA, sliding_window=64, layer_types=["full_attention"] * 3),
 }  # fmt: skip
 
+_SMALL = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3, "eos_token_id": EOS, "pad_token_id": EOS}
+_IMAGES = {
+    "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+    "patch_size": 14,
+}  # fmt: skip
+# Families that the planner does not know. Whatever is random in training has another name in each of the first ones.
+OTHERS: dict[str, Any] = {
+    "starcoder2": lambda: Starcoder2Config(
+        **_DECODER, residual_dropout=0.3, embedding_dropout=0.3, attention_dropout=0.3
+    ),
+    "opt": lambda: OPTConfig(
+        **_SMALL, ffn_dim=48, num_attention_heads=4, word_embed_proj_dim=32, max_position_embeddings=256, dropout=0.3,
+        layerdrop=0.3,
+    ),
+    "phimoe": lambda: PhimoeConfig(
+        **_DECODER, num_local_experts=4, num_experts_per_tok=2, router_jitter_noise=0.3, input_jitter_noise=0.3
+    ),
+    "bloom": lambda: BloomConfig(**_SMALL, n_head=4, hidden_dropout=0.3, attention_dropout=0.3),
+    # Chooses its attention by a name that is not ours.
+    "falcon": lambda: FalconConfig(**_SMALL, num_attention_heads=4, alibi=True, hidden_dropout=0.3),
+    # A model for text and images, with windows in its text part.
+    "gemma3-images": lambda: Gemma3Config(
+        text_config={
+            **_GEMMA, "sliding_window": 6, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]
+        },
+        vision_config=_IMAGES, image_token_index=258, boi_token_index=257, eoi_token_index=256, mm_tokens_per_image=4,
+    ),
+    "granite": lambda: GraniteConfig(**_DECODER, logits_scaling=1.005),
+    "mamba": lambda: MambaConfig(**_SMALL, state_size=8, use_mambapy=False),
+    "openai-gpt": lambda: OpenAIGPTConfig(vocab_size=VOCABULARY, n_embd=32, n_layer=3, n_head=4, n_positions=256),
+    "bert": lambda: BertConfig(**_SMALL, intermediate_size=48, num_attention_heads=4),
+}  # fmt: skip
+
 
 def make_model(name: str) -> nn.Module:
     """A causal LM with seeded weights; the caller's random state stays as it is."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(CONFIGS[name]())
+        model = AutoModelForCausalLM.from_config({**CONFIGS, **OTHERS}[name]())
     enliven(model)
     return model.eval()
 

@@ -13,13 +13,14 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from models.architectures import FLOAT32, batch_of, make_model, policy, ragged, reloaded, save_model, saved_once, scalar
 from ppomax.engine.randomness import uniforms_for
 from ppomax.models.layers import split_is_exact
-from ppomax.models.load import load_causal_lm
+from ppomax.models.load import export, load_causal_lm, load_tokenizer
 from ppomax.models.players import Policy, at_responses, head_is_linear
 from ppomax.rollout.sampler import Distribution, sample
 from ppomax.types import SetupError, token_batch
 
 TOLERANCE = 2e-5
 WHOLE = ["llama-untied", "qwen2", "qwen2-window", "mistral", "gpt2", "gpt-neox", "gemma3"]
+OTHERS = ["starcoder2", "opt", "phimoe", "bloom", "falcon", "gemma3-images"]
 SPLIT = ["llama-untied", "qwen2", "mistral", "gemma3"]
 NOT_SPLIT = ["qwen2-window", "gpt2", "gpt-neox"]
 
@@ -44,7 +45,7 @@ def assert_plain_logprobs(player: Policy, folder: str) -> None:
         torch.testing.assert_close(found[i, : len(response)].detach(), expected, atol=TOLERANCE, rtol=0)
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", WHOLE + OTHERS)
 def test_policies_have_the_logprobs_of_transformers(directory: Callable[[str], str], name: str) -> None:
     player = policy(directory(name), trained=True, checkpointing=True)
     assert_plain_logprobs(player, directory(name))
@@ -73,7 +74,7 @@ def test_a_window_that_a_few_tokens_do_not_show_is_not_called_exact() -> None:
     assert split_is_exact(make_model("qwen2").model, 2)
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", WHOLE + OTHERS)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_trap_07_scalar_players_read_every_family_without_dropout(
     directory: Callable[[str], str], name: str, checkpointing: bool
@@ -91,7 +92,7 @@ def test_trap_07_scalar_players_read_every_family_without_dropout(
     assert bool(player.head.weight.grad.any())
 
 
-@pytest.mark.parametrize("name", WHOLE)
+@pytest.mark.parametrize("name", WHOLE + OTHERS)
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_trap_08_every_family_samples_with_the_logprobs_it_scores(
     directory: Callable[[str], str], name: str, checkpointing: bool
@@ -122,7 +123,7 @@ def test_capped_logits_are_refused_whatever_their_size() -> None:
         Policy(make_model("gemma2-logit-cap"), train_layers=None, trained=False)
 
 
-@pytest.mark.parametrize("factor", [0.9, 1.1])
+@pytest.mark.parametrize("factor", [0.9, 1.1, 1.001])
 def test_scaled_logits_are_refused_even_if_small(factor: float) -> None:
     model = make_model("llama")
     with torch.no_grad():
@@ -139,3 +140,57 @@ def test_capped_attention_is_refused(tmp_path: Path) -> None:
     model = load_causal_lm(folder, FLOAT32)
     with pytest.raises(SetupError):
         Policy(model, train_layers=None, trained=False)
+
+
+@pytest.mark.parametrize("name", ["starcoder2", "opt", "phimoe", "bloom", "gpt-neox"])
+def test_trap_07_recomputed_layers_give_the_same_bits_whatever_a_family_calls_its_dropout(
+    directory: Callable[[str], str], name: str
+) -> None:
+    plain, thrifty = (scalar(directory(name), trained=True, checkpointing=option) for option in (False, True))
+    batch = batch_of()
+    expected = plain(batch).values_BT
+    for _ in range(2):
+        assert torch.equal(thrifty(batch).values_BT, expected)
+    for player in (plain, thrifty):
+        player(batch).values_BT.sum().backward()
+    for (key, a), b in zip(thrifty.trained_parameters().items(), plain.trained_parameters().values(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, atol=1e-4, rtol=1e-5, msg=key)
+
+
+def test_of_a_model_for_images_the_text_part_is_trained_and_exported(
+    directory: Callable[[str], str], tmp_path: Path
+) -> None:
+    player = policy(directory("gemma3-images"), trained=True)
+    assert not player.packs, "its windows are longer than the few tokens that are tried"
+    assert not any("vision" in name for name in player.trained_parameters())
+    export(player.model, load_tokenizer("tiny"), tmp_path)
+    assert_plain_logprobs(policy(str(tmp_path)), directory("gemma3-images"))
+    assert type(reloaded(AutoModelForCausalLM, tmp_path)).__name__ == "Gemma3ForCausalLM"
+
+
+def test_logits_that_are_scaled_by_a_little_are_refused(directory: Callable[[str], str]) -> None:
+    with pytest.raises(SetupError, match="GraniteForCausalLM changes its logits"):
+        policy(directory("granite"))
+
+
+def test_models_that_see_later_tokens_are_refused(directory: Callable[[str], str]) -> None:
+    with pytest.raises(SetupError, match="BertLMHeadModel: found states that depend on later tokens"):
+        policy(directory("bert"))
+
+
+@pytest.mark.parametrize("name", ["mamba", "openai-gpt"])
+def test_models_without_keys_and_values_are_read_and_not_sampled_from(
+    directory: Callable[[str], str], name: str
+) -> None:
+    player = policy(directory(name))
+    assert_plain_logprobs(player, directory(name))
+    with pytest.raises(SetupError, match=r"\w+: found no keys and values .* cannot be sampled from"):
+        sample(
+            player, [[3, 4], [5]], uniforms_for(3, 0, range(2), [0] * 2, 4), distribution=Distribution(), eos_ids=[2],
+            max_rows=2,
+        )  # fmt: skip
+
+
+def test_layers_that_cannot_be_computed_again_are_refused(directory: Callable[[str], str]) -> None:
+    with pytest.raises(SetupError, match="gradient_checkpointing: found OpenAIGPTLMHeadModel"):
+        policy(directory("openai-gpt"), trained=True, checkpointing=True)

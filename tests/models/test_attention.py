@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import eager_attention_forward
 
+from models.architectures import policy
 from ppomax.models import attention as module
-from ppomax.models.attention import attention_for, folded_attention
+from ppomax.models.attention import attention_for, folded_attention, is_causal
 from ppomax.types import SetupError
 
 TOLERANCE = 1e-6
@@ -118,3 +119,21 @@ def test_on_a_gpu_no_kernel_needs_a_plan_for_every_shape() -> None:
             assert torch.backends.cuda.cudnn_sdp_enabled() == left
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+def test_a_mask_for_each_head_is_refused_where_heads_share_keys() -> None:
+    layer, query, key, value = problem(4, 2, 3, 3)
+    mask = causal(3, 3).expand(-1, 4, -1, -1)
+    with pytest.raises(SetupError, match="a mask of its own for each head"):
+        folded_attention(layer, query, key, value, mask)
+    layer, query, key, value = problem(4, 4, 3, 3)
+    plain, _ = folded_attention(layer, query, key, value, causal(3, 3))
+    assert torch.equal(folded_attention(layer, query, key, value, mask)[0], plain)
+
+
+def test_states_that_are_no_numbers_do_not_count_as_looking_ahead(lively: str) -> None:
+    base = policy(lively).base
+    assert is_causal(base)
+    with torch.no_grad():
+        base.norm.weight.fill_(float("nan"))
+    assert is_causal(base), "the damage is named elsewhere"

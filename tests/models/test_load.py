@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,12 +16,14 @@ from transformers import AutoModelForSequenceClassification
 
 from models.architectures import BFLOAT16, FLOAT32, save_model
 from ppomax.models.load import (
+    context_length,
     load_causal_lm,
     load_scalar_lm,
     load_tokenizer,
     model_directory,
     resolve_compute,
     same_vocabulary,
+    tied,
 )
 from ppomax.types import SetupError
 
@@ -190,3 +193,29 @@ def test_vocabularies_are_compared_id_by_id(lively: str, tmp_path: Path) -> None
     file.write_text(json.dumps(content))
     swapped = load_tokenizer(str(folder))
     assert len(swapped) == len(a) and not same_vocabulary(a, swapped)
+
+
+@pytest.mark.parametrize(
+    ("rope", "longest"),
+    [
+        ({"rope_type": "default", "rope_theta": 1e4}, 512),
+        ({"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64,
+          "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}, 64),
+    ],
+)  # fmt: skip
+def test_a_context_ends_where_longer_rows_would_turn_the_positions_of_others(
+    rope: dict[str, Any], longest: int
+) -> None:
+    model = load_causal_lm("tiny", FLOAT32)
+    model.config.rope_parameters = rope
+    assert context_length(model) == longest
+
+
+def test_weights_are_tied_if_they_are_one_tensor_whatever_the_configuration_says(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    save_model("llama-untied", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    assert not tied(load_causal_lm(str(folder), FLOAT32))
+    assert tied(load_causal_lm("tiny", FLOAT32))
+    assert not tied(load_scalar_lm("tiny", FLOAT32, fresh_head_seed=0))

@@ -148,3 +148,9 @@ def test_a_stack_that_adapters_cannot_go_into_is_refused_and_not_trained_whole(t
     without_maps.layers = nn.ModuleList([nn.LayerNorm(4)])
     with pytest.raises(SetupError, match="lora_rank: found no linear map in the decoder layers of Module"):
         add_adapters(without_maps, SimpleNamespace(layers=without_maps.layers), LORA, first_layer=0)
+
+
+def test_an_architecture_that_peft_refuses_is_a_setup_error(tmp_path: Path) -> None:
+    folder = save_model("mamba", tmp_path)
+    with pytest.raises(SetupError, match="lora_rank: MambaForCausalLM: .*; leave it None"):
+        policy(folder, trained=True, lora=Lora(2, 4.0))

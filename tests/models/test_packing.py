@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from models.architectures import BFLOAT16, VOCABULARY, policy, ragged, save_model, save_reward_model, scalar
+from ppomax.models.attention import packing_is_exact
 from ppomax.models.players import Player, Policy, at_responses
 from ppomax.types import Packing, TokenBatch, token_batch
 
@@ -144,3 +145,10 @@ def test_what_stands_in_the_padding_is_not_read(lively: str) -> None:
     other = TokenBatch(poisoned, batch.length_B, batch.prompt_length_B)
     found, expected = (at_responses(policy(lively)(b).logprobs_BT, b) for b in (other, batch))
     assert torch.equal(found, expected)
+
+
+def test_layers_that_choose_their_keys_are_not_packed(lively: str) -> None:
+    base = policy(lively).base
+    assert packing_is_exact(base)
+    base.config.index_topk = 2048  # what a few tokens do not show
+    assert not packing_is_exact(base)

@@ -249,12 +249,15 @@ def test_trap_07_gradient_checkpointing_changes_no_number(opened: Callable[..., 
     for upper in (None, 1):
         plain = opened(train_layers=upper, trained=True)
         thrifty = opened(train_layers=upper, trained=True, checkpointing=True)
-        assert thrifty.model.training, "transformers recomputes in train mode only"
+        passes: list[object] = []
+        thrifty.base.layers[-1].mlp.register_forward_pre_hook(lambda module, _, passes=passes: passes.append(module))
         batch = batch_of()
         a, b = readings(plain, batch), readings(thrifty, batch)
         assert torch.equal(a, b)
         a.sum().backward()
+        assert len(passes) == 1
         b.sum().backward()
+        assert len(passes) == 2, "the backward pass computes the layer again"
         for name, parameter in thrifty.trained_parameters().items():
             expected = dict(plain.model.named_parameters())[name].grad
             torch.testing.assert_close(parameter.grad, expected, atol=TOLERANCE, rtol=1e-5, msg=name)

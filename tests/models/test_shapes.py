@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from ppomax.models.shapes import shape_named, shape_of, shape_sized
 from ppomax.types import SetupError
-from tests.models.architectures import CONFIGS
+from tests.models.architectures import CONFIGS, OTHERS
 
 
 @pytest.mark.parametrize(
@@ -73,3 +73,8 @@ def test_models_that_are_not_dense_stacks_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(SetupError, match=r"config\.json cannot be read"):
         shape_named(str(tmp_path))
+
+
+def test_of_a_model_for_images_the_text_part_is_planned() -> None:
+    config = OTHERS["gemma3-images"]()
+    assert shape_of(config, "images") == shape_of(config.get_text_config(), "text")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from torch import nn
 from models.architectures import batch_of, policy, save_model, scalar
 from ppomax.engine.optimiser import Optimiser
 from ppomax.models.players import Player
-from ppomax.models.share import first_difference, share_trunk
+from ppomax.models.share import first_difference, share_frozen, share_trunk
 from ppomax.types import SetupError
 
 LAYERS = 3
@@ -118,3 +120,15 @@ def test_trap_10_the_reference_does_not_move_with_the_policy(lively: str) -> Non
     assert torch.equal(reference(batch).logprobs_BT, expected)
     for name, parameter in reference.model.named_parameters():
         assert torch.equal(parameter, before[name]), name
+
+
+def test_an_unembedding_of_its_own_stays_though_the_configuration_calls_it_tied(tmp_path: Path) -> None:
+    folder = save_model("llama-untied", tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    batch = batch_of()
+    for share in (partial(share_trunk, roles=("policy", "reference")), share_frozen):
+        first, other = policy(folder, train_layers=1), policy(folder, train_layers=1)
+        expected = other(batch).logprobs_BT
+        share(first, other)
+        assert torch.equal(other(batch).logprobs_BT, expected)

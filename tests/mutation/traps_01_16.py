@@ -115,8 +115,8 @@ MUTATIONS = [
     ),
     Mutation(
         7, "dropout acts while layers are recomputed", "models/players.py",
-        "            _zero_dropout(model)\n",
-        "",
+        "            recompute_layers(model)\n",
+        "            recompute_layers(model)\n            model.train()\n",
         (f"{FAMILIES}::test_trap_07_scalar_players_read_every_family_without_dropout[True-gpt2]",),
     ),
     Mutation(

@@ -210,7 +210,6 @@ def test_trap_07_gradient_checkpointing_keeps_the_cache(lively: str) -> None:
     expected = sampled(policy(lively), prompts)
     trained = policy(lively, trained=True, checkpointing=True)
     assert_same(sampled(trained, prompts), expected)
-    assert trained.model.training, "sampling gives the mode back"
     for split in (False, True):
         assert_same(sampled(policy(lively, train_layers=1, trained=True, checkpointing=split), prompts), expected)
 

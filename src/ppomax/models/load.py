@@ -140,6 +140,22 @@ def load_scalar_lm(name: str, compute: Compute, *, fresh_head_seed: int | None =
     return model
 
 
+def decoder_stack(model: nn.Module) -> Any:
+    """Embeddings and decoder layers: what gives the last hidden states."""
+    base = getattr(model, str(model.base_model_prefix), None)
+    if base is None:
+        raise SetupError(
+            f"{type(model).__name__} has no `{model.base_model_prefix}`; this architecture is not supported"
+        )
+    return base
+
+
+def tied(model: Any) -> bool:
+    """Whether the unembedding is the embedding, whatever the configuration says: a checkpoint may hold two."""
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
 def scalar_head(model: nn.Module) -> nn.Linear:
     """The linear layer that reads one scalar from a hidden state."""
     head = getattr(model, "score", None)
@@ -251,8 +267,15 @@ def reads_alike(a: Any, b: Any) -> bool:
 
 
 def context_length(model: nn.Module) -> int | None:
-    """The longest sequence that the model's positions allow, if it says."""
-    return getattr(model.config, "max_position_embeddings", None)
+    """The longest sequence that the model's positions allow, if it says.
+
+    Where a longer row turns the positions of all rows beside it another way (longrope), the longest that does not.
+    """
+    config: Any = model.config
+    rope = getattr(config, "rope_parameters", None) or {}
+    before = rope.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None)
+    longest = getattr(config, "max_position_embeddings", None)
+    return before if before is not None and rope.get("rope_type") == "longrope" else longest
 
 
 def _load(auto: Any, name: str, compute: Compute, **options: Any) -> tuple[Any, dict[str, str]]:
@@ -264,12 +287,8 @@ def _load(auto: Any, name: str, compute: Compute, **options: Any) -> tuple[Any, 
     transformers_logging.set_verbosity_error()
     try:
         AutoConfig.from_pretrained(where, trust_remote_code=False)
-        # fork_rng: transformers draws absent tensors from the caller's global random state.
-        with torch.random.fork_rng(devices=[]):
-            model, loading = auto.from_pretrained(
-                where, dtype=compute.dtype, attn_implementation=attention_for(compute.device), use_safetensors=True,
-                trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **options,
-            )  # fmt: skip
+        model, loading = _open(auto, where, compute, attention_for(compute.device), **options)
+        model = _text_part(auto, model)
     except UNREADABLE as error:
         raise SetupError(f"{name}: cannot be loaded as {auto.__name__}: {first_line(error)}") from None
     finally:
@@ -281,6 +300,41 @@ def _load(auto: Any, name: str, compute: Compute, **options: Any) -> tuple[Any, 
     for key, found, expected in sorted(loading["mismatched_keys"]):
         absent[key] = f"has shape {list(found)}, not {list(expected)}"
     return model, absent
+
+
+def _open(auto: Any, where: str, compute: Compute, attention: str | None, **options: Any) -> tuple[Any, dict[str, Any]]:
+    try:
+        # fork_rng: transformers draws absent tensors from the caller's global random state.
+        with torch.random.fork_rng(devices=[]):
+            return auto.from_pretrained(
+                where, dtype=compute.dtype, attn_implementation=attention, use_safetensors=True,
+                trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True, **options,
+            )  # fmt: skip
+    except KeyError as error:  # some architectures have classes of attention by name, and none by ours
+        if attention is None or error.args != (attention,):
+            raise
+    return _open(auto, where, compute, None, **options)
+
+
+def _text_part(auto: Any, model: Any) -> Any:
+    """The decoder of a model that reads images too, as the model for text alone that transformers has beside it."""
+    config = model.config.get_text_config()
+    if config is model.config:
+        return model
+    config.num_labels = model.config.num_labels
+    with torch.device("meta"):
+        alone = auto.from_config(config, attn_implementation=config._attn_implementation)
+    if type(decoder_stack(alone)) is not type(model.get_decoder()):
+        raise ValueError(f"found {type(model).__name__}, whose decoder for text is not that of {type(alone).__name__}")
+    setattr(alone, alone.base_model_prefix, model.get_decoder())
+    if model.get_output_embeddings() is not None:
+        alone.set_output_embeddings(model.get_output_embeddings())
+    if hasattr(model, "score"):
+        alone.score = model.score
+    if any(tensor.is_meta for tensor in (*alone.parameters(), *alone.buffers())):
+        raise ValueError(f"found {type(model).__name__}, which has no part for each of {type(alone).__name__}")
+    alone.name_or_path, alone.generation_config = model.name_or_path, getattr(model, "generation_config", None)
+    return alone
 
 
 def _expect_all(name: str, absent: dict[str, str]) -> None:

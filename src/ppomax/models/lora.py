@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ppomax.errors import first_line
 from ppomax.types import SetupError
 
 ADAPTER = "adapter"
@@ -44,7 +45,10 @@ def add_adapters(model: nn.Module, base: Any, lora: Lora, *, first_layer: int) -
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(lora.seed)
-        peft.inject_adapter_in_model(config, model)
+        try:
+            peft.inject_adapter_in_model(config, model)
+        except ValueError as error:
+            raise SetupError(f"lora_rank: {type(model).__name__}: {first_line(error)}; leave it None") from None
 
 
 def has_adapters(model: nn.Module) -> bool:

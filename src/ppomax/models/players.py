@@ -15,15 +15,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from ppomax.data.batches import prompt_batches, token_budget_batches
-from ppomax.models.attention import packed_states, packing_is_exact
+from ppomax.models.attention import PACKING_TOLERANCE, SLACK, is_causal, near, packed_states, packing_is_exact
 from ppomax.models.few_rows import weight_first
 from ppomax.models.flops import Cost, Costs, batch_work, stack_costs
 from ppomax.models.layers import lower_view, split_is_exact, upper_view
-from ppomax.models.load import scalar_head
+from ppomax.models.load import decoder_stack, scalar_head
 from ppomax.models.logprobs import Unembedded, token_entropy, token_kl, token_logprobs, token_statistics
 from ppomax.models.lora import Lora, add_adapters
+from ppomax.models.recompute import recompute_layers
 from ppomax.types import SetupError, TokenBatch, Work
 
 
@@ -54,7 +57,7 @@ class Player(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.model = model
-        self.base: Any = getattr(model, model.base_model_prefix)  # type: ignore[arg-type]
+        self.base: Any = decoder_stack(model)
         self.train_layers = train_layers
         model.requires_grad_(False)
         if train_layers is not None:
@@ -68,14 +71,17 @@ class Player(nn.Module):
         # Where passes are made; shards may live elsewhere.
         self.device = next(model.parameters()).device
         self.packs = packing_is_exact(self.base)
+        if not self.packs and not is_causal(self.base):
+            raise SetupError(
+                f"{type(model).__name__}: found states that depend on later tokens, expected a decoder that reads "
+                "from left to right; this is not supported"
+            )
         # Where processes share the parameters (models/shard.py): all of them, gathered for the time of a block.
         self.gathered: Callable[[], AbstractContextManager[None]] = nullcontext
         if trained:
             self._unfreeze(lora)
         if checkpointing and trained:
-            model.gradient_checkpointing_enable({"use_reentrant": False})  # type: ignore[operator]
-            model.train()  # transformers recomputes in train mode only; dropout is 0 in every layer, see below
-            _zero_dropout(model)
+            recompute_layers(model)
 
     def _unfreeze(self, lora: Lora | None) -> None:
         count = len(getattr(self.base, "layers", ()))
@@ -168,6 +174,8 @@ class Policy(Player):
         super().__init__(model, train_layers=train_layers, trained=trained, checkpointing=checkpointing, lora=lora)
         if not head_is_linear(model, self.base):
             raise SetupError(f"{type(model).__name__} changes its logits after the unembedding; this is not supported")
+        # Whether the native sampler can go on from what it has read.
+        self.decodes = self._goes_on()
 
     def forward(
         self, batch: TokenBatch, *, mask_BT: Tensor | None = None, temperature: float = 1.0, statistics: bool = False,
@@ -208,23 +216,42 @@ class Policy(Player):
 
     @contextmanager
     def decoding(self) -> Iterator[None]:
-        """Evaluation mode while responses are sampled (in train mode gradient checkpointing would drop the cache), with
-        all parameters at hand: processes decode different numbers of tokens."""
-        training = self.model.training
-        self.model.eval()
-        try:
-            as_written = torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
-            with self.gathered(), weight_first(self.model), as_written:
-                yield
-        finally:
-            self.model.train(training)
+        """All parameters at hand while responses are sampled: processes decode different numbers of tokens."""
+        as_written = torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
+        with self.gathered(), weight_first(self.model), as_written:
+            yield
 
     def next_states(self, ids_BT: Tensor, mask_BS: Tensor, position_BT: Tensor, cache: Any) -> Tensor:
         """Hidden states [B, H] at the last of `ids_BT`, given what `cache` holds (decoding)."""
+        if not self.decodes:
+            raise SetupError(
+                f"{type(self.model).__name__}: found no keys and values for each layer and token to go on from, "
+                "expected a transformer with such a cache; this architecture cannot be sampled from"
+            )
+        return self._read_on(ids_BT, mask_BS, position_BT, cache)
+
+    def _read_on(self, ids_BT: Tensor, mask_BS: Tensor, position_BT: Tensor, cache: Any) -> Tensor:
         out = self.base(
             input_ids=ids_BT, attention_mask=mask_BS, position_ids=position_BT, past_key_values=cache, use_cache=True
         )  # fmt: skip
         return out.last_hidden_state[:, -1]
+
+    @torch.no_grad()
+    def _goes_on(self) -> bool:
+        """Whether a token after prompts of unequal lengths has the state that its row alone gives it: a trial."""
+        rows = [torch.tensor([row], device=self.device) for row in ([1, 2, 3, 4], [5, 6])]
+        padded = torch.tensor([[1, 2, 3, 4], [5, 5, 5, 6]], device=self.device)
+        at = torch.tensor([[0, 1, 2, 3], [-2, -1, 0, 1]], device=self.device)
+        mask, cache = (at >= 0).long(), DynamicCache()
+        try:
+            self._read_on(padded[:, :-1], mask[:, :-1], at[:, :-1].clamp(min=0), cache)
+            if len(cache.layers) != self.base.config.num_hidden_layers or not all(map(_keeps_tokens, cache.layers)):
+                return False
+            found = self._read_on(padded[:, -1:], mask, at[:, -1:], cache)
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
+            return False
+        alone = [self.base(input_ids=row, use_cache=False).last_hidden_state[0, -1] for row in rows]
+        return near(found, torch.stack(alone), slack=SLACK)
 
 
 @dataclass(frozen=True)
@@ -347,13 +374,9 @@ def head_is_linear(model: nn.Module, base: Any) -> bool:
     if not bool(torch.isfinite(found).all()):
         name = getattr(model, "name_or_path", "") or type(model).__name__
         raise SetupError(f"{name}: found logits that are no numbers, expected finite ones: its weights are damaged")
-    return bool((found - expected).abs().max() <= 1e-2 * expected.abs().max())
+    tolerance = min(1e-2, PACKING_TOLERANCE[head.weight.dtype])
+    return bool((found - expected).abs().max() <= tolerance * expected.abs().max())
 
 
-def _zero_dropout(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name in ("attention_dropout", "dropout"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
+def _keeps_tokens(layer: Any) -> bool:
+    return isinstance(layer, DynamicLayer) and layer.keys is not None

@@ -149,6 +149,7 @@ def _count(sizes: Sizes) -> float:
 def shape_of(config: Any, name: str) -> Shape:
     """The shape of an architecture: its modules are made on the meta device, where they take no memory."""
     try:
+        config = config.get_text_config()  # of a model that reads images too, the part that is trained
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
             model.tie_weights()  # the first versions of transformers 5 leave it to whoever makes a model this way

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ppomax.models.load import tied
 from ppomax.models.players import Player
 from ppomax.types import SetupError
 
@@ -30,25 +31,28 @@ def share_trunk(first: Player, other: Player, *, roles: tuple[str, str]) -> None
     count = len(first.base.layers) - (first.train_layers or 0)
     for i in range(count):
         other.base.layers[i] = first.base.layers[i]
+    was_tied = tied(other.model)
     other.base.set_input_embeddings(first.base.get_input_embeddings())
-    _tie(other)
+    if was_tied:
+        _tie(other)
 
 
 def share_frozen(first: Player, other: Player) -> None:
     """Let the frozen `other` hold the tensors of `first` that are frozen and equal: beside adapters, all of them."""
+    was_tied = tied(other.model)
     frozen = {name.replace(".base_layer.", "."): p for name, p in first.model.named_parameters() if not p.requires_grad}
     for name, parameter in [*other.model.named_parameters()]:
         ours = frozen.get(name)
         if ours is not None and ours.shape == parameter.shape and torch.equal(ours, parameter):
             owner, _, leaf = name.rpartition(".")
             setattr(other.model.get_submodule(owner), leaf, ours)
-    _tie(other)
+    if was_tied:
+        _tie(other)
 
 
 def _tie(player: Player) -> None:
-    """The unembedding is the embedding again, where it was before the embedding was replaced."""
-    if getattr(player.model.config, "tie_word_embeddings", False) and hasattr(player.model, "tie_weights"):
-        player.model.tie_weights()  # type: ignore[operator]
+    """The unembedding is the embedding again, after the embedding was replaced."""
+    player.model.get_output_embeddings().weight = player.base.get_input_embeddings().weight  # type: ignore[operator]
 
 
 def _lower_parameters(player: Player) -> list[tuple[str, nn.Parameter]]:

@@ -9,7 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from ppomax.config import ModelConfig, PPOConfig
-from ppomax.models.load import Compute, load_causal_lm, load_scalar_lm, load_tokenizer, reads_alike, same_vocabulary
+from ppomax.models.load import (
+    Compute,
+    context_length,
+    load_causal_lm,
+    load_scalar_lm,
+    load_tokenizer,
+    reads_alike,
+    same_vocabulary,
+)
 from ppomax.models.players import Policy, Scalar, expect_equal_rows
 from ppomax.models.shard import loading, shard
 from ppomax.models.share import share_frozen, share_trunk
@@ -121,7 +129,7 @@ def load_reward_model(
     own = load_tokenizer(spec, otherwise=config.chat_template)
     model = load_scalar_lm(spec, compute)
     reads_ids = reads_alike(own, tokenizer) and not by_text
-    length = getattr(model.config, "max_position_embeddings", None) or 4096
+    length = context_length(model) or 4096
     scalar = Scalar(model, train_layers=config.train_layers if reads_ids else None, trained=False)
     scalar = shard(scalar, compute, config)
     return RewardModel(spec, scalar, own, reads_ids, config.tokens_per_microbatch, int(length))

@@ -27,9 +27,11 @@ def rank(config: RankConfig, *, fresh: bool = False) -> dict[str, Any]:
         pairs, report = read_pairs(required(config.data, "data", "preference pairs"))
         rows, cut = ranked_tokens(tokenizer, pairs, config.max_length)
         print(f"rank: {report}; {cut}")
-        expect_comparable(config.compare, config.reward, tokenizer, compute)
-        model = Scalar(load_scalar_lm(config.reward, compute), train_layers=None, trained=False)
         longest = max(len(row.prompt) + max(map(len, row.responses)) for row in rows)
+        expect_comparable(
+            config.compare, config.reward, tokenizer, compute, template=config.compute.chat_template, longest=longest
+        )
+        model = Scalar(load_scalar_lm(config.reward, compute), train_layers=None, trained=False)
         context_limit(model.model, longest, "longest prompt + response")
         budget = config.compute.tokens_per_microbatch
         scores = score_rows(model, rows, None, budget)

@@ -21,6 +21,7 @@ from ppomax.models.load import (
     load_causal_lm,
     load_scalar_lm,
     load_tokenizer,
+    tied,
 )
 from ppomax.models.players import Policy, Scalar
 from ppomax.models.shard import loading, shard
@@ -52,8 +53,10 @@ def _train(run: Session, config: RewardConfig) -> dict[str, Any]:
             f"max_prompts: found {config.max_prompts}, expected at least min_prompts = {config.min_prompts}"
         )
     tokenizer = load_tokenizer(config.model, config.compute.chat_template)
-    expect_comparable(config.compare, config.model, tokenizer, compute)
     data = reward_rows(config, tokenizer)
+    expect_comparable(
+        config.compare, config.model, tokenizer, compute, template=config.compute.chat_template, longest=data.longest
+    )
     rows, heldout = data.learn, data.heldout
     if config.margin is not None and any(gap is None for row in rows for gap in row.gaps):
         raise DataError(
@@ -136,7 +139,7 @@ def reward_player(name: str, compute: Compute, config: RewardConfig, *, trained:
     if config.lm_weight is not None:
         causal = Policy(load_causal_lm(name, compute), train_layers=None, trained=False)  # refuses heads that do more
         head = causal.model.get_output_embeddings()  # type: ignore[operator]
-        if head.bias is not None or not causal.model.config.tie_word_embeddings:  # type: ignore[union-attr]
+        if head.bias is not None or not tied(causal.model):
             unembedding = copy.deepcopy(head).requires_grad_(False)  # not part of the exported model
         del causal
     model = load_scalar_lm(name, loading(compute, config.compute), fresh_head_seed=config.seed)

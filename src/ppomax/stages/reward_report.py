@@ -62,8 +62,8 @@ def sample_rows(
 
 def write_samples(path: Path, written: Sequence[dict[str, Any]]) -> None:
     """samples.jsonl anew."""
-    path.unlink(missing_ok=True)
     with disk_errors(path):
+        path.unlink(missing_ok=True)
         append_samples(path, written)
 
 

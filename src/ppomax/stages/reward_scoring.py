@@ -14,7 +14,7 @@ from ppomax.engine import world
 from ppomax.models.load import Compute, load_scalar_lm, load_tokenizer, reads_alike
 from ppomax.models.players import Scalar, at_end, response_mask
 from ppomax.models.trunk import with_states
-from ppomax.stages.inputs import RankedTokens
+from ppomax.stages.inputs import RankedTokens, context_limit
 from ppomax.types import SetupError, Work, token_batch
 
 
@@ -94,10 +94,13 @@ def picked(states: Sequence[list[Tensor]] | None, members: Sequence[int]) -> lis
     return None if states is None else [states[i] for i in members]
 
 
-def expect_comparable(other: str | None, name: str, tokenizer: Any, compute: Compute) -> None:
-    """Refuse a second reward model, if one is named, that was never trained or reads other ids than the first."""
+def expect_comparable(
+    other: str | None, name: str, tokenizer: Any, compute: Compute, *, template: str | None, longest: int
+) -> None:
+    """Refuse a second reward model, if one is named, that was never trained, reads other ids than the first, or has no
+    positions for the longest row. template: the second's, where it has none of its own."""
     if other is None:
         return
-    if not reads_alike(load_tokenizer(other), tokenizer):
+    if not reads_alike(load_tokenizer(other, otherwise=template), tokenizer):
         raise SetupError(f"compare: {other} has another vocabulary or chat template than {name}; expected the same")
-    load_scalar_lm(other, compute)
+    context_limit(load_scalar_lm(other, compute), longest, f"compare {other}: longest prompt + response")
