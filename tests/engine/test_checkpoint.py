@@ -139,6 +139,54 @@ def test_going_back_supersedes_later_checkpoints(tmp_path: Path) -> None:
     assert load_checkpoint(tmp_path / "iteration-12")[1] == {"n": -12}
 
 
+def test_superseded_ones_go_before_the_new_one_counts(tmp_path: Path) -> None:
+    for number in (10, 12, 13):
+        save(tmp_path, number, keep=3)
+    save_checkpoint(tmp_path, "iteration-20", {}, {}, keep=3, superseded={"iteration-12", "iteration-13"})
+    assert names(tmp_path) == ["iteration-10", "iteration-20"]
+    save_checkpoint(tmp_path, "iteration-20", {}, {"again": 1}, keep=2, superseded={"iteration-20"})
+    assert names(tmp_path) == ["iteration-10", "iteration-20"]
+
+
+def test_who_reads_beside_a_run_sees_a_checkpoint_whole_or_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    cleared, rmtree = [], shutil.rmtree
+
+    def slow(path: Path, **options: Any) -> None:
+        cleared.append(path.name)
+        rmtree(path, **options)
+
+    save(tmp_path, 1)
+    monkeypatch.setattr(module.shutil, "rmtree", slow)
+    save(tmp_path, 2, keep=1)
+    assert names(tmp_path) == ["iteration-2"]
+    assert cleared and not [name for name in cleared if name.startswith("iteration-")]
+
+
+def test_one_that_is_deleted_while_it_is_read_is_not_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save(tmp_path, 1)
+    hashed, verify = [], module.file_hash
+
+    def meanwhile(file: Path) -> str:
+        if not hashed:
+            hashed.append(file)
+            save(tmp_path, 2, keep=1)
+        return verify(file)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "file_hash", meanwhile)
+        assert latest_checkpoint(tmp_path) == (tmp_path / "iteration-2", [])
+
+
+def test_what_was_just_verified_is_not_hashed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save(tmp_path, 1)
+    monkeypatch.setattr(module, "file_hash", None)
+    assert load_checkpoint(path, verified=True)[1] == {"n": 1}
+    with pytest.raises(TypeError):
+        load_checkpoint(path)
+
+
 def test_leftovers_are_ignored_then_cleaned(tmp_path: Path) -> None:
     save(tmp_path, 1)
     shutil.copytree(tmp_path / "iteration-1", tmp_path / ".tmp-iteration-2")

@@ -31,12 +31,11 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from ppomax.engine.durable import SaveError, write_text_atomic
-from ppomax.engine.rundir import append_jsonl, save_final
+from ppomax.engine.rundir import save_final
 folder = Path(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (65536, 65536))
 works = [
     lambda: write_text_atomic(folder / "config.yaml", "x" * 100_000),
-    lambda: append_jsonl(folder / "metrics.jsonl", [{"iteration": 2, "text": "x" * 100_000}]),
     lambda: save_final(folder / "final", lambda p: save_file({"w": torch.zeros(50_000)}, p / "model.safetensors")),
 ]
 for work in works:
@@ -50,19 +49,17 @@ for work in works:
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("old")
-    (tmp_path / "metrics.jsonl").write_text('{"iteration": 1}\n')
     (tmp_path / "final").mkdir()
     (tmp_path / "final" / "model").write_text("old")
     done = subprocess.run([sys.executable, "-c", LIMITED, str(tmp_path)], capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
-    assert len(lines) == 3, done.stdout + done.stderr
-    for line, name in zip(lines, ["config.yaml", "metrics.jsonl", "final"], strict=True):
+    assert len(lines) == 2, done.stdout + done.stderr
+    for line, name in zip(lines, ["config.yaml", "final"], strict=True):
         assert line.startswith(f"{errno.EFBIG} {tmp_path / name}: cannot save (File too large;")
         assert "free" in line and "untouched" in line and "--resume" in line
     assert "100 kB needed" in lines[0]
     assert (tmp_path / "config.yaml").read_text() == "old"
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"iteration": 1}\n'
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.yaml", "final", "metrics.jsonl"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["config.yaml", "final"]
     assert (tmp_path / "final" / "model").read_text() == "old"
 
 

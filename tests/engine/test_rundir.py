@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -13,21 +12,19 @@ import yaml
 
 from ppomax.engine.rundir import (
     Run,
-    append_jsonl,
     final_complete,
     open_run,
     save_final,
-    truncate_jsonl,
     write_json_atomic,
 )
-from ppomax.types import DataError, SetupError
+from ppomax.types import SetupError
 
 CONFIG = {"seed": 1, "kl": {"coef": 0.05, "target": None}, "sources": ["a", "b"], "logging": {"every": 10}}
 
 
 def work(run: Run) -> Run:
     """Leave a run as an interruption does: with a metric, and closed."""
-    append_jsonl(run.metrics, [{"iteration": 1}])
+    run.metrics.write_text('{"iteration": 1}\n')
     run.close()
     return run
 
@@ -46,6 +43,8 @@ def test_a_new_run_explains_itself(tmp_path: Path) -> None:
     readme = (run.path / "README.txt").read_text()
     for name in ("config", "metrics", "samples", "checkpoints", "final", "report", "summary"):
         assert getattr(run, name).name in readme
+    for name in ("samples.md", "critic/", "last/", "exported/", "pairs.jsonl"):
+        assert f"\n{name} " in readme
     assert "{" not in readme and not run.finished
     assert {p.name for p in run.path.iterdir()} == {".lock", "README.txt", "config.yaml", "run.json"}
 
@@ -252,33 +251,3 @@ def test_a_model_that_fails_half_way_leaves_the_old_one(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="model refused"):
         save_final(final, fail)
     assert (final / "a").read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["final"]
-
-
-def test_rows_after_the_checkpoint_and_a_torn_line_go(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    assert truncate_jsonl(path, "iteration", 5) == 0
-    append_jsonl(path, [{"iteration": i, "text": "ü\n"} for i in (1, 2, 2)])
-    append_jsonl(path, [{"iteration": 3}, {"iteration": 4}])
-    with path.open("a") as file:
-        file.write('{"iteration": 4, "los')
-    assert truncate_jsonl(path, "iteration", 3) == 2
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    assert rows == [{"iteration": i, "text": "ü\n"} for i in (1, 2, 2)] + [{"iteration": 3}]
-    stamp = path.stat().st_mtime_ns
-    assert truncate_jsonl(path, "iteration", 3) == 0 and path.stat().st_mtime_ns == stamp
-    assert truncate_jsonl(path, "iteration", 0) == 4 and path.read_text() == ""
-
-
-@pytest.mark.parametrize("line", ["not json", "[1]", '{"step": 1}', '{"iteration": "x"}', ""])
-def test_a_malformed_line_in_the_middle_is_named(tmp_path: Path, line: str) -> None:
-    path = tmp_path / "metrics.jsonl"
-    path.write_text('{"iteration": 1}\n' + line + '\n{"iteration": 2}\n')
-    with pytest.raises(DataError, match=r"metrics\.jsonl:2: found .* expected a JSON object .*'iteration'.*repair"):
-        truncate_jsonl(path, "iteration", 1)
-
-
-def test_nan_is_not_a_measurement(tmp_path: Path) -> None:
-    path = tmp_path / "metrics.jsonl"
-    with pytest.raises(DataError, match=r"metrics\.jsonl: .*None for no value"):
-        append_jsonl(path, [{"iteration": 1}, {"iteration": 2, "loss": float("nan")}])
-    assert not path.exists()

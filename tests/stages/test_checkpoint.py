@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 from ppomax.cli import main
 from ppomax.config import CheckpointConfig, CriticConfig, OptimConfig, PPOConfig, SaveConfig
+from ppomax.engine import checkpoint as engine
 from ppomax.engine.checkpoint import checkpoints
 from ppomax.errors import SetupError
 from ppomax.stages.checkpoint import checkpoint
@@ -26,6 +28,7 @@ from stages.toy import (
     reward_config,
     same_bits,
     sft_config,
+    stopping_after,
     weights,
 )
 
@@ -99,6 +102,55 @@ def test_an_exported_checkpoint_of_ppo_is_what_the_run_wrote_at_its_end(
     assert file_hashes(copied) == before
 
 
+def test_an_export_that_was_killed_is_no_obstacle_and_leaves_nothing(copied: Path, tmp_path: Path) -> None:
+    out, other = tmp_path / "out", tmp_path / ".tmp-mine"
+    (tmp_path / ".tmp-out").mkdir()
+    (tmp_path / ".tmp-out" / "stray.safetensors").write_text("half a model")
+    other.mkdir()
+    checkpoint(CheckpointConfig(action="export", run_dir=copied, out=out))
+    assert same_model(out, copied / "final")
+    assert not (tmp_path / ".tmp-out").exists() and other.exists()
+
+
+@pytest.mark.parametrize("action", ["list", "verify"])
+@pytest.mark.parametrize("at", [0, 3, 5])
+def test_a_checkpoint_that_the_run_deletes_meanwhile_is_left_out(
+    action: Any, at: int, copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, calls, file_problem = copied / "checkpoints", [], engine._file_problem
+
+    def deleting(path: Path, size: int, digest: str) -> str | None:
+        calls.append(path)
+        if len(calls) == at + 1:
+            engine._delete(path.parent)
+        return file_problem(path, size, digest)
+
+    monkeypatch.setattr(engine, "_file_problem", deleting)
+    before = {path.name for path in checkpoints(folder)}
+    rows = checkpoint(CheckpointConfig(action=action, run_dir=copied))
+    assert isinstance(rows, list) and not any(row["problems"] for row in rows)
+    assert {row["name"] for row in rows} == {path.name for path in checkpoints(folder)} != before
+
+
+def test_an_export_of_one_that_the_run_deletes_says_so(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved, gone = engine._saved, []
+
+    def deleting(path: Path) -> Any:
+        if path.name != "iteration-0":
+            gone.append(path.name)
+            engine._delete(path)
+        return saved(path)
+
+    monkeypatch.setattr(engine, "_saved", deleting)
+    with pytest.raises(SetupError, match="iteration-1: the run deleted it while it was read"):
+        checkpoint(CheckpointConfig(action="export", run_dir=copied, number=1))
+    assert not (copied / "exported").exists()
+    # The newest is whichever is there in the end.
+    out = checkpoint(CheckpointConfig(action="export", run_dir=copied))
+    assert isinstance(out, Path) and out.name == "iteration-0-final"
+    assert gone == ["iteration-1", "iteration-2"]
+
+
 def test_an_earlier_checkpoint_is_an_earlier_model(copied: Path, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "out"
     checkpoint(CheckpointConfig(action="export", run_dir=copied, number=1, out=out))
@@ -158,6 +210,63 @@ def test_the_best_checkpoint_stays_beside_the_newest(
     assert names == [f"iteration-{best}", "iteration-6"]
     ppo(config.model_copy(update={"run_dir": tmp_path / "plain", "save": SaveConfig(every=100)}))
     assert metrics(tmp_path / "plain") == rows
+
+
+def test_names_of_the_log_are_on_the_disk_before_a_checkpoint_is(
+    toys: Toys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a power cut could leave a checkpoint beside the log of a run that went back before it, or beside none."""
+    run_dir, done, fsync, rename = tmp_path / "run", [], os.fsync, os.rename
+
+    def synced(descriptor: int) -> None:
+        if run_dir.exists() and os.fstat(descriptor).st_ino == run_dir.stat().st_ino:
+            done.append("folder")
+        fsync(descriptor)
+
+    def renamed(old: Any, new: Any) -> None:
+        if Path(new).parent == run_dir / "checkpoints":
+            done.append("checkpoint")
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "rename", renamed)
+    sft(sft_config(run_dir, toys.dialogues, epochs=0.3, save=SaveConfig(every=1, keep=99)))
+    saves = [i for i, what in enumerate(done) if what == "checkpoint"]
+    assert len(saves) > 2 and all(done[i - 1] == "folder" for i in saves)
+
+
+def resumed(config: PPOConfig, damaged: int, save: SaveConfig) -> list[str]:
+    """Names of the checkpoints of a run that was ended in iteration 5, one checkpoint damaged, and gone on with."""
+    every = config.save.model_copy(update={"every": 1, "keep": 9})
+    with pytest.raises(KeyboardInterrupt):
+        ppo(config.model_copy(update={"save": every}), reward=stopping_after(5))
+    flip(config.run_dir / "checkpoints" / f"iteration-{damaged}" / "state.json")
+    ppo(config.model_copy(update={"save": save}), resume=True)
+    return [path.name for path in checkpoints(config.run_dir / "checkpoints")]
+
+
+def test_a_damaged_checkpoint_that_was_passed_over_takes_no_place(
+    trained: Trained, toys: Toys, tmp_path: Path
+) -> None:  # fmt: skip
+    config = ppo_config(tmp_path / "run", trained.sft, toys.prompts, iterations=7)
+    assert resumed(config, 4, SaveConfig(every=100, keep=2)) == ["iteration-3", "iteration-6"]
+    assert not list((config.run_dir / "checkpoints").glob(".*"))
+
+
+def test_a_damaged_checkpoint_is_not_the_best_one(
+    trained: Trained, toys: Toys, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings: dict[str, Any] = {"iterations": 7, "judge": "stages.toy:length_reward"}
+    ppo(ppo_config(tmp_path / "whole", trained.sft, toys.prompts, **settings))
+    gold = [row["gold_mean"] for row in metrics(tmp_path / "whole")]
+    sign = "-" if gold.index(min(gold)) < 4 else ""
+    order = sorted(range(7), key=lambda i: gold[i] if sign else -gold[i])
+    assert order[0] < 4, "the seed makes a late iteration the best: no proof"
+    save = SaveConfig(every=100, keep=1, keep_best=f"{sign}gold_mean")
+    config = ppo_config(tmp_path / "run", trained.sft, toys.prompts, **settings, save=save)
+    assert resumed(config, order[0], save) == sorted({f"iteration-{order[1]}", "iteration-6"})
+    said = capsys.readouterr().err.replace("\n", "")
+    assert f"passed over a damaged checkpoint: {config.run_dir / 'checkpoints' / f'iteration-{order[0]}'}" in said
 
 
 @pytest.mark.parametrize("verb", ["sft", "reward"])

@@ -7,6 +7,7 @@ import json
 import math
 import resource
 import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+from ppomax.cli import main
 from ppomax.config import EvaluateConfig, KLConfig, SamplingConfig
 from ppomax.data.chat import render_prompt
 from ppomax.data.readers import read_prompts
@@ -22,12 +24,14 @@ from ppomax.errors import SaveError
 from ppomax.models.load import load_causal_lm, load_tokenizer
 from ppomax.models.players import Policy
 from ppomax.rewards.model import RewardModel
+from ppomax.stages import evaluate as stage
 from ppomax.stages.evaluate import _answer, _best_of, evaluate
 from ppomax.stages.inputs import compute_of, fitted_prompts
 from ppomax.stages.ppo import ppo
-from ppomax.types import SetupError
+from ppomax.types import DataError, SetupError
 from stages import toy
 from stages.conftest import Toys, Trained
+from stages.processes import Command
 from stages.toy import FLOAT32, LONGER, file_hashes, ppo_config
 
 
@@ -210,9 +214,14 @@ def test_two_judges_of_one_name_both_count(trained: Trained, toys: Toys, tmp_pat
 def test_answers_outlive_a_judge_that_fails(
     trained: Trained, toys: Toys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    asked = []
+
     def judge(prompts: Any, responses: list[str], **columns: Any) -> list[float]:
         assert len(columns["response_ids"]) == len(responses)
-        raise OSError("no answer")
+        asked.append(responses)
+        if len(asked) > 1:  # the first time it is only tried
+            raise OSError("no answer")
+        return [0.0] * len(responses)
 
     monkeypatch.setattr(toy, "share_of_e", judge)
     config = config_of(tmp_path / "run", trained.sft, trained, toys, max_prompts=3, best_of=())
@@ -224,6 +233,60 @@ def test_answers_outlive_a_judge_that_fails(
     evaluate(config)
     assert [row["after"] for row in rows_of(config)] == [row["after"] for row in rows]
     assert all("gold_after" in row for row in rows_of(config))
+
+
+@pytest.mark.parametrize(
+    ("judge", "message"),
+    [
+        (lambda prompts, responses, **_: ["good"] * len(responses), "share_of_e: scores, entry 0: found 'good'"),
+        (lambda prompts, responses, **_: [1.0], "share_of_e: found 1 values for 2 responses"),
+        (lambda prompts, responses: [1.0], "judge share_of_e: it cannot be called with"),
+    ],
+)
+def test_a_judge_that_gives_no_scores_is_found_before_anything_is_sampled(
+    judge: Any, message: str, trained: Trained, toys: Toys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(toy, "share_of_e", judge)
+    monkeypatch.setattr(stage, "collect", None)
+    with pytest.raises((DataError, SetupError), match=message):
+        evaluate(config_of(tmp_path / "run", trained.sft, trained, toys))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_reward_model_that_cannot_read_the_prompts_is_found_before_anything_is_sampled(
+    trained: Trained, toys: Toys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(trained.reward, other)
+    tokenizer = AutoTokenizer.from_pretrained(other)
+    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    tokenizer.chat_template = refusal + tokenizer.chat_template
+    tokenizer.save_pretrained(other)
+    prompts = tmp_path / "prompts.jsonl"
+    asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "apple?"}]
+    prompts.write_text('{"prompt": "river?"}\n' + json.dumps({"prompt": asked}) + "\n", encoding="utf-8")
+    monkeypatch.setattr(stage, "collect", None)
+    config = config_of(tmp_path / "run", trained.sft, trained, toys, reward=str(other))
+    with pytest.raises(SetupError, match="no system"):
+        evaluate(config.model_copy(update={"prompts": (str(prompts),)}))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_by_a_signal_it_says_that_nothing_is_kept(
+    number: signal.Signals, code: int, trained: Trained, toys: Toys, command: type[Command], tmp_path: Path
+) -> None:
+    words = [
+        "evaluate", "--run-dir", str(tmp_path / "run"), "--policy", trained.sft, "--baseline", trained.sft,
+        "--reward", "None", "--prompts", toys.prompts, "--max-prompts", "1", "--sampling.max-new-tokens", "4",
+        "--judge", "stages.toy:slow_reward",
+    ]  # fmt: skip
+    running = command(words, tmp_path / "log")
+    running.wait_for(lambda: "thinking" in running.said())
+    assert running.stop(number) == code
+    said = " ".join(running.said().split())
+    assert said.endswith("stopped at once; nothing is kept. To do it again: the same command")
+    assert "Traceback" not in said
+    assert main([*words[:-1], "stages.toy:share_of_e", "--fresh"]) == 0
 
 
 @pytest.mark.parametrize(("best_of", "answers"), [((), 2 + 2), ((5,), 6 + 2)])
@@ -245,6 +308,7 @@ def test_every_answer_is_judged_and_scored_once(
     monkeypatch.setattr(RewardModel, "score_rows", score)
     changes = {"judge": ("stages.toy:share_of_e",), "best_of": best_of, "max_prompts": 2}
     found = evaluate(config_of(tmp_path / "run", trained.sft, trained, toys, **changes))
+    del judged[:2]  # two answers by which the judge was tried
     assert len(judged) == len(scored) == found["prompts"] * answers > 0
     assert found["reward_model"]["share_of_e"].keys() == {"accuracy", "correlation"}
 

@@ -12,6 +12,8 @@ import pytest
 
 from ppomax.config import SamplingConfig
 from ppomax.data.readers import read_pairs
+from ppomax.errors import SaveError
+from ppomax.stages import label as stage
 from ppomax.stages.label import label
 from ppomax.types import DataError, SetupError
 from stages.conftest import Toys, Trained
@@ -36,6 +38,7 @@ def test_the_judge_orders_the_answers_of_a_prompt(trained: Trained, toys: Toys, 
 
     rows = labelled(tmp_path / "pairs.jsonl", trained, toys, judge)
     assert len(rows) > 10
+    del seen[:2]  # two answers by which the judge was tried
     assert len(seen) == 45 * 4
     pairs = Counter((row["prompt"][-1]["content"], row["chosen"], row["rejected"]) for row in rows)
     by_prompt: dict[str, list[str]] = {}
@@ -110,3 +113,30 @@ def test_a_judge_or_a_length_that_cannot_work_writes_nothing(trained: Trained, t
     ):
         labelled(tmp_path / "pairs.jsonl", trained, toys, sampling=SamplingConfig(max_new_tokens=500))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_judge_that_gives_no_scores_is_found_before_anything_is_sampled(
+    trained: Trained, toys: Toys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "collect", None)
+    for judge, message in (
+        (lambda p, r, **_: ["good"] * len(r), "found 'good'"),
+        (lambda p, r, **_: [1.0], "1 values"),
+    ):
+        with pytest.raises(DataError, match=message):
+            labelled(tmp_path / "pairs.jsonl", trained, toys, judge)
+
+
+@pytest.mark.parametrize("name", ["pairs.json", "pairs.jsonl.gz", "pairs.parquet", "pairs"])
+def test_pairs_are_written_as_json_lines_only(name: str, trained: Trained, toys: Toys, tmp_path: Path) -> None:
+    with pytest.raises(SetupError, match=f"{name}: found the ending .*expected .jsonl"):
+        labelled(tmp_path / name, trained, toys)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_not_there_is_found_before_anything_is_sampled(
+    trained: Trained, toys: Toys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "collect", None)
+    with pytest.raises(SaveError, match=r"pairs\.jsonl: cannot save \(No such file or directory"):
+        labelled(tmp_path / "no" / "pairs.jsonl", trained, toys)

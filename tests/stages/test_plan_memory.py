@@ -11,7 +11,7 @@ from torch import nn
 from transformers import DynamicCache, LlamaForCausalLM
 from transformers import LlamaForSequenceClassification as LlamaScalar
 
-from ppomax.config import KLConfig, ModelConfig, PlanConfig, SamplingConfig
+from ppomax.config import KLConfig, ModelConfig, PlanConfig, SamplingConfig, SaveConfig
 from ppomax.data.batches import prompt_batches, token_budget_batches
 from ppomax.engine.optimiser import Optimiser
 from ppomax.models.lora import Lora
@@ -26,6 +26,7 @@ from ppomax.stages.plan_memory import (
     Role,
     cache,
     held,
+    host_memory,
     layer_activations,
     microbatch,
     phases,
@@ -124,6 +125,40 @@ def test_what_is_frozen_and_shared_is_not_divided_by_zero3() -> None:
     exact = PlanConfig(kl=KLConfig(estimator="full"))
     assert player_bytes(frozen, exact, machine, "zero3").weights == 2 * m
     assert player_bytes(frozen, PlanConfig(), machine, "zero3").weights == 2 * m / 8
+
+
+def test_what_is_offloaded_lies_in_the_hosts_memory() -> None:
+    machine, n = Machine(8, 80 * GIB, 2, packs=False), 6_738_415_616
+    shape, config = shape_sized("7b", 7e9), PlanConfig(compute=ModelConfig(offload=True), ema=0.9)
+    policy, frozen = Role("policy", shape, False, True), Role("reference", shape, False, False)
+    # Masters, two moments, gradients and the average: 20 bytes a parameter; the reference's weights with zero3 only.
+    for shard, of_reference in (("zero2", 0), ("zero3", 2 * n / 8)):
+        players = {"policy": player_bytes(policy, config, machine, shard)}
+        players["reference"] = player_bytes(frozen, config, machine, shard)
+        found = players["policy"]
+        assert (found.always, found.gradients, found.host) == (0, 0, 20 * n / 8)
+        assert players["reference"].always == 2 * n - 8 * of_reference
+        assert found.gathered == player_bytes(policy, PlanConfig(), machine, shard).gathered > 0
+        host = host_memory([policy, frozen], players, config, machine)
+        assert host == {"offloaded": 20 * n + 8 * of_reference}
+    alone = player_bytes(policy, config, Machine(1, 80 * GIB, 2, packs=False), "none")
+    assert (alone.host, alone.masters) == (0, 4 * n)
+    shared = PlanConfig(compute=ModelConfig(offload=True, lora_rank=16))
+    assert player_bytes(policy, shared, machine, "zero3").weights == 2 * n
+
+
+def test_the_copy_that_is_written_in_the_background_is_counted_where_it_lies() -> None:
+    config, roles = PlanConfig(save=SaveConfig(background=True), ema=0.9), [role(), role("critic", scalar=True)]
+    gpu = Machine(1, 80 * GIB, 4, packs=False)
+    of_policy, of_critic = (held(r, config).trained for r in roles)
+    copy = 3 * (16 * of_policy + 12 * of_critic)  # the copy, and its file twice
+    for machine in (CPU, gpu):
+        players = {r.name: player_bytes(r, config, machine, "none") for r in roles}
+        found = phases(roles, players, config, machine, "none")
+        for phase in ("generate", "score", "train"):
+            assert found[phase].get("background save", 0) == (copy if machine is CPU else 0)
+        host = host_memory(roles, players, config, machine)
+        assert host == ({} if machine is CPU else {"background save": copy})
 
 
 @pytest.mark.parametrize("shard", ["zero2", "zero3"])

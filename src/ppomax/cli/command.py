@@ -28,15 +28,17 @@ from ppomax.cli.show import (
 )
 from ppomax.config import ReportConfig
 from ppomax.errors import DamagedError, DataError, Interrupted, NonFiniteError, ProcessLost, SaveError, SetupError
+from ppomax.stages.stopping import ending_at_sigterm
 
 SHARED = ("sft", "reward", "ppo")  # by several processes
 TRAINING = (*SHARED, "quickstart")
-FAILED, MISUSED, INTERRUPTED = 1, 2, 130
+FAILED, MISUSED, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Returns 0 (done, or saved after SIGTERM), 1 (could not save, out of memory, a damaged
-    checkpoint, gradients that are no numbers), 2 (bad setup or data) or 130 (Ctrl-C).
+    checkpoint, gradients that are no numbers), 2 (bad setup or data), 130 (Ctrl-C) or 143 (SIGTERM where nothing is
+    saved).
 
     With PPOMAX_DEBUG=1 the traceback of an error is shown as well.
     """
@@ -98,7 +100,8 @@ def _call(name: str, call: Invocation) -> None:
         show_recipe_chosen(name, call.recipe)
     as_json = call.options.pop("json", False)
     stage = getattr(import_module(f"ppomax.stages.{name}"), name)
-    result = stage(call.config, **call.options)
+    with ending_at_sigterm():
+        result = stage(call.config, **call.options)
     own = {
         "doctor": show_doctor, "checkpoint": show_checkpoints, "replay": show_replay, "plan": show_plan,
         "chat": lambda _: None,
@@ -120,7 +123,9 @@ def _explain(error: BaseException, name: str) -> tuple[int, str] | None:
         if name in TRAINING:
             kept = "; nothing after the last checkpoint is kept. To go on: the same command"
             kept += "" if name == "quickstart" else " with --resume"
-        return INTERRUPTED, f"stopped at once{kept}"
+        elif name in ("evaluate", "rank"):
+            kept = "; nothing is kept. To do it again: the same command"
+        return TERMINATED if error.args else INTERRUPTED, f"stopped at once{kept}"
     if isinstance(error, Interrupted):
         return error.code, str(error)
     if isinstance(error, SetupError | DataError):

@@ -181,6 +181,9 @@ def _show_bytes(console: Console, found: Mapping[str, Any]) -> None:
         made = ", ".join(f"{part} {_gib(size)}" for part, size in phase.items())
         table.add_row(Text(name), _gib(sum(phase.values())), Text(made))
     console.print("", players, "", table, sep="\n")
+    if found["host"]:
+        held = ", ".join(f"{part} {_gib(size)} GiB" for part, size in found["host"].items())
+        console.print(Text(f"in the host's memory, for all devices: {held}"), soft_wrap=True)
 
 
 def _show_time(console: Console, found: Mapping[str, Any]) -> None:

@@ -28,5 +28,5 @@ class Background:
 
 
 def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors as they are now, in memory that nothing else writes to."""
-    return {name: tensor.detach().clone() for name, tensor in tensors.items()}
+    """The tensors as they are now, in the host's memory, where nothing else writes to them: a GPU has none to spare."""
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 import tempfile
@@ -54,14 +55,14 @@ _FORMAT = "ppomax-checkpoint-1"
 
 def save_checkpoint(
     folder: Path, name: str, tensors: Mapping[str, Tensor], state: Mapping[str, Any], *, keep: int = 2,
-    spare: Collection[str] = (),
+    spare: Collection[str] = (), superseded: Collection[str] = (),
 ) -> Path:  # fmt: skip
     """Write the checkpoint `folder/name` and, once it is complete and checked, delete old ones.
 
     name: "iteration-12" or "step-300". tensors: any dtype and shape, DTensors too; with a process group every rank
     calls this with the same names. state: JSON values only; rank 0's is kept. keep: how many stay, this one included;
-    spare: names of others that stay as well.
-    Checkpoints with a higher number go as well: the run went back before them.
+    spare: names of others that stay as well. Checkpoints with a higher number go as well, and those named in
+    `superseded`: the run went back before them.
     Raises SaveError when the disk fails (old checkpoints are then untouched), DataError for state that is not JSON.
     """
     if not _NAME.fullmatch(name):
@@ -74,22 +75,28 @@ def save_checkpoint(
     with disk_errors(target, needed=_bytes(tensors), temporary=temporary):
         first(lambda: _begin(temporary))
         _write_tensors(temporary, tensors)
-        first(lambda: _finish(temporary, target, tensors, state))
+        first(lambda: _finish(temporary, target, tensors, state, superseded))
     first(lambda: _delete_old(folder, keep, spare))
     return target
 
 
 def load_checkpoint(
-    path: Path, *, into: Mapping[str, Tensor] | None = None, like: Mapping[str, Tensor] | None = None
+    path: Path,
+    *,
+    into: Mapping[str, Tensor] | None = None,
+    like: Mapping[str, Tensor] | None = None,
+    verified: bool = False,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and state of a checkpoint, after its sizes and hashes were verified.
 
     into: tensors (or DTensors of any sharding) that are filled in place; names, shapes and dtypes must be those of
     the checkpoint, exactly. None: new tensors, those of `like` where it has the name (DTensors: each process then reads
-    its own shards), else whole ones on the CPU. Raises DataError naming what is damaged or different.
+    its own shards), else whole ones on the CPU. verified: `latest_checkpoint` has just found it intact.
+    Raises DataError naming what is damaged or different.
     """
     path = Path(path)
-    first(lambda: _expect_valid(path))
+    if not verified:
+        first(lambda: _expect_valid(path))
     saved = _saved(path)
     if into is None:
         given = like or {}
@@ -141,6 +148,8 @@ def latest_checkpoint(folder: Path, *, at_most: int | None = None) -> tuple[Path
         found = verify_checkpoint(path)
         if not found:
             return path, problems
+        if not path.exists():  # deleted meanwhile by the run that goes on there, when it had a newer one
+            return latest_checkpoint(folder, at_most=at_most)
         problems += found
     return None, problems
 
@@ -233,7 +242,9 @@ def _writable(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     return ready
 
 
-def _finish(temporary: Path, target: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+def _finish(
+    temporary: Path, target: Path, tensors: Mapping[str, Tensor], state: Mapping[str, Any], superseded: Collection[str]
+) -> None:  # fmt: skip
     """State and manifest from the files as they are read back, a check that every tensor is there, the rename."""
     write_text_atomic(temporary / "state.json", json_text(dict(state), "state") + "\n")
     wanted = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
@@ -248,15 +259,24 @@ def _finish(temporary: Path, target: Path, tensors: Mapping[str, Tensor], state:
     write_json_atomic(temporary / "manifest.json", {"format": _FORMAT, "files": files})
     # Before the rename: a kill in between must not leave a superseded checkpoint as the newest.
     for path in checkpoints(target.parent):
-        if checkpoint_number(path) > checkpoint_number(target):
-            shutil.rmtree(path, ignore_errors=True)
+        if checkpoint_number(path) > checkpoint_number(target) or path.name in superseded:
+            _delete(path)
     publish(temporary, target)
 
 
 def _delete_old(folder: Path, keep: int, spare: Collection[str]) -> None:
     for path in checkpoints(folder)[:-keep]:
         if path.name not in spare:
-            shutil.rmtree(path, ignore_errors=True)
+            _delete(path)
+
+
+def _delete(path: Path) -> None:
+    """By another name first: who reads the folder meanwhile finds a whole checkpoint or none."""
+    gone = path.with_name(f"{TEMPORARY}gone-{path.name}")
+    with suppress(OSError):
+        if path.is_dir():
+            os.rename(path, gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def _saved(path: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:

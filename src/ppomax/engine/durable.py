@@ -105,7 +105,8 @@ def disk_errors(path: Path, *, needed: int | None = None, temporary: Path | None
         space = f"{size_text(needed)} needed, " if needed is not None else ""
         failure = SaveError(
             f"{path}: cannot save ({os.strerror(code)}; {space}{size_text(free_bytes(path))} free). What was saved "
-            f"before is untouched; {advice} or choose another output directory, then go on with --resume"
+            f"before is untouched; {advice} or choose another output directory, then go on with --resume "
+            "(verbs without it: the same command)"
         )
         failure.errno = code
         raise failure from error

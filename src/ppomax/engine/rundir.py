@@ -17,13 +17,12 @@ from ppomax.engine.durable import (
     REPLACED,
     TEMPORARY,
     disk_errors,
-    json_text,
     publish,
     settle,
     write_json_atomic,
     write_text_atomic,
 )
-from ppomax.types import DataError, SetupError
+from ppomax.types import SetupError
 
 RUN_FORMAT = "ppomax-run-1"
 TRAINING_VERBS = ("sft", "reward", "ppo")
@@ -38,15 +37,22 @@ data.json        what was read, what was dropped and why, sources, lengths, repe
 metrics.jsonl    one JSON object per line: the measurements, in order; all plots are drawn from it
 samples.jsonl    texts that the model wrote along the way, one JSON object per line
 events.out.*     the same measurements for TensorBoard
+samples.md       some of these texts side by side, as a table (evaluate)
 checkpoints/     what `--resume` goes on from: weights, optimiser and counters (safetensors and JSON, with hashes)
+exported/        models that `ppomax checkpoint export` made of them
 nonfinite/       the batch whose gradients were no numbers, where that ended the run; `ppomax replay` reads it again
 final/           the trained model in Hugging Face layout; load it with transformers, vLLM or anything that reads it
+critic/          the critic, and
+last/            the policy as it was trained last, where final/ is its moving average (ppo); both as final/ is
+pairs.jsonl      answers that the judge ordered, counted in pairs.json (quickstart)
+sft/ reward/ ... a directory like this one for each stage, whose times are in stage_seconds.json (quickstart)
 report.html      plots and samples in one page; open it in a browser
 summary.json     the result in a few numbers; it is written last, so its presence means that the run is complete
 run.json         marks this directory as a run of ppomax
 .lock            held by the process that writes here
 
-Not every run has every file. After an interruption give the same command with `--resume`; to start over, `--fresh`.
+Not every run has every file. After an interruption give the same command again, for sft, reward and ppo with
+`--resume`; to start over, `--fresh`.
 """
 _CONFIG_HEADER = """# The settings of this run of `ppomax {verb}`, as resolved from recipe, file and flags.
 # To repeat it elsewhere: ppomax {verb} --config this-file --run-dir another-directory
@@ -342,49 +348,3 @@ def final_complete(folder: Path) -> bool:
         return all((folder / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError, AttributeError):
         return False
-
-
-def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Append one JSON line per row and sync it to disk; NaN is refused (write None for "no value")."""
-    text = "".join(json_text(dict(row), str(path)) + "\n" for row in rows)
-    with disk_errors(path, needed=len(text.encode())), open(path, "ab", buffering=0) as file:
-        start = file.seek(0, os.SEEK_END)
-        try:
-            data = text.encode()
-            while data:
-                data = data[file.write(data) :]
-            os.fsync(file.fileno())
-        except BaseException:
-            file.truncate(start)
-            raise
-
-
-def truncate_jsonl(path: Path, key: str, last: int) -> int:
-    """Drop the rows whose `key` is above `last`, and a torn last line; returns how many lines went. Atomic."""
-    if not path.exists():
-        return 0
-    lines = path.read_bytes().split(b"\n")
-    torn = lines.pop()  # b"" when the file ends as it should
-    kept, dropped = [], int(bool(torn))
-    for number, line in enumerate(lines, start=1):
-        value = _row_value(line, key)
-        if value is None:
-            raise DataError(
-                f"{path}:{number}: found {line[:60].decode(errors='replace')!r}, expected a JSON object with a number "
-                f"under {key!r}; delete or repair the line"
-            )
-        if value <= last:
-            kept.append(line)
-        else:
-            dropped += 1
-    if dropped:
-        write_text_atomic(path, "".join(line.decode() + "\n" for line in kept))
-    return dropped
-
-
-def _row_value(line: bytes, key: str) -> float | None:
-    try:
-        value = json.loads(line)[key]
-    except (ValueError, KeyError, TypeError):
-        return None
-    return value if isinstance(value, int | float) else None

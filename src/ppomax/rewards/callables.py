@@ -22,6 +22,9 @@ from ppomax.types import DataError, Message, Prompt, SetupError
 
 LARGEST = torch.finfo(torch.float32).max
 
+# Two answers that no judge should find equal.
+TRIED = ("No.", "Yes, of course I can help you with that!")
+
 # (prompts, responses, **columns) → one number per response, or one list of per-token numbers per response.
 RewardFunction = Callable[..., Sequence[float] | Sequence[Sequence[float]]]
 
@@ -67,6 +70,11 @@ def judged(
     if dense is not None:
         raise DataError(f"judge {name}: found a list for each response, expected one number each")
     return scores
+
+
+def try_judge(judge: RewardFunction, prompts: Sequence[Prompt], *, name: str) -> None:
+    """Call a judge once, on two answers, before minutes are spent on sampling what it is to judge."""
+    judged(judge, [*prompts[:2], *prompts[:2]][:2], TRIED, name=name, ids=[[0], [0, 0]])
 
 
 def _called(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,8 +40,9 @@ def checkpoint(config: CheckpointConfig) -> list[dict[str, Any]] | Path:
     settings = run_settings(config.run_dir)
     if config.action == "export":
         return _export(config, settings)
-    found = _chosen(config)
-    rows = [_row(path) for path in found]
+    rows: list[dict[str, Any]] = []
+    while not rows:  # the run may delete those that were chosen, when it has newer ones
+        rows = [row for path in _chosen(config) if (row := _row(path))]
     problems = [problem for row in rows for problem in row["problems"]]
     if config.action == "verify" and problems:
         raise DamagedError("\n".join(problems))
@@ -68,10 +70,18 @@ def _chosen(config: CheckpointConfig) -> list[Path]:
     return chosen
 
 
-def _row(path: Path) -> dict[str, Any]:
-    size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
-    age = time.time() - path.stat().st_mtime
-    return {"name": path.name, "size": size_text(size), "age": _age(age), "problems": verify_checkpoint(path)}
+def _row(path: Path) -> dict[str, Any] | None:
+    """What is said of a checkpoint; None if the run deleted it, or wrote it anew, while it was looked at."""
+    try:
+        found = path.stat()
+        size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
+        problems = verify_checkpoint(path)
+        if problems and path.stat().st_ino != found.st_ino:
+            return None
+    except FileNotFoundError:
+        return None
+    age = _age(time.time() - found.st_mtime)
+    return {"name": path.name, "size": size_text(size), "age": age, "problems": problems}
 
 
 def _age(seconds: float) -> str:
@@ -95,7 +105,16 @@ def _export(config: CheckpointConfig, settings: Any) -> Path:
         raise SetupError(f"model: found {config.model!r}, expected 'final': only ppo has a {config.model}")
     changes = {} if config.dtype is None else {"dtype": config.dtype}
     compute = compute_of(settings.compute.model_copy(update={**changes, "device": "cpu"}))
-    tensors, state = load_checkpoint(path)
+    try:
+        tensors, state = load_checkpoint(path, verified=config.number is None)
+    except Exception as error:  # torch has several for files that are gone
+        if path.exists():
+            raise
+        if config.number is None:
+            return _export(config, settings)
+        raise SetupError(
+            f"{path}: the run deleted it while it was read, expected one that stays; export a newer one"
+        ) from error
     for name, fingerprint in state["frozen"].items():
         if name in _starts(settings):
             expect_same_weights("frozen model", name, fingerprint)
@@ -108,6 +127,7 @@ def _export(config: CheckpointConfig, settings: Any) -> Path:
     write = export_scalar if isinstance(player, Scalar) else export
     temporary = out.parent / f"{TEMPORARY}{out.name}"
     with disk_errors(out, temporary=temporary):
+        shutil.rmtree(temporary, ignore_errors=True)  # of an export that was killed
         temporary.mkdir(parents=True)
         write(player.model, tokenizer, temporary)
         publish(temporary, out)

@@ -22,7 +22,15 @@ from ppomax.monitor.progress import progress
 from ppomax.monitor.report import write_report
 from ppomax.monitor.statistics import correlation, win_rate
 from ppomax.monitor.text import text_health, top_closing_share, top_opening_share
-from ppomax.rewards.callables import RewardFunction, judged, load_function, shared_columns
+from ppomax.rewards.callables import (
+    TRIED,
+    RewardFunction,
+    expect_takes,
+    judged,
+    load_function,
+    shared_columns,
+    try_judge,
+)
 from ppomax.rewards.model import RewardModel
 from ppomax.rl.kl import k1
 from ppomax.rl.masked import masked_sum
@@ -87,7 +95,10 @@ def _evaluate(run: Run, config: EvaluateConfig) -> dict[str, Any]:
     read = fitted_prompts(tokenizer, specs, config.max_prompt_tokens)
     rows = _first_of_each(read.prompts, config.max_prompts)
     prompts, ids = [read.prompts[i] for i in rows], [read.ids[i] for i in rows]
-    shared_columns([prompt.columns for prompt in prompts])  # names that no judge can be given
+    columns = shared_columns([prompt.columns for prompt in prompts])
+    for name, judge in judges.items():
+        expect_takes(judge, columns, what=f"judge {name}")
+        try_judge(judge, prompts, name=name)
     print(f"evaluate: {read}; {len(prompts)} prompts × {config.samples_per_prompt} samples a system")
     policy = Policy(load_causal_lm(config.policy, compute), train_layers=None, trained=False)
     baseline = Policy(load_causal_lm(config.baseline, compute), train_layers=None, trained=False)
@@ -105,6 +116,9 @@ def _evaluate(run: Run, config: EvaluateConfig) -> dict[str, Any]:
         model = load_reward_model(config.reward, tokenizer, compute, config.compute, by_text=by_text)
         if model.reads_ids:
             context_limit(model.scalar.model, longest, "reward model: longest prompt + response")
+        else:  # whether its chat template takes the prompts, one of each sequence of roles
+            tried = list({tuple(m["role"] for m in p.messages): p.messages for p in prompts}.values())
+            model.score_text(tried, TRIED[:1] * len(tried))
     # One more than n, so that the sample that a best of n is compared with is not among its candidates.
     most = max((config.samples_per_prompt, *(n + 1 for n in config.best_of)))
     total = len(prompts) * (config.samples_per_prompt + most)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import itertools
 import json
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from ppomax.config import ModelConfig, SamplingConfig
-from ppomax.engine.durable import write_json_atomic, write_text_atomic
+from ppomax.engine.durable import disk_errors, write_json_atomic, write_text_atomic
 from ppomax.models.load import load_causal_lm, load_tokenizer
 from ppomax.models.players import Policy
 from ppomax.monitor.progress import progress
-from ppomax.rewards.callables import RewardFunction, judged
+from ppomax.rewards.callables import RewardFunction, judged, try_judge
 from ppomax.rollout.collect import collect, response_texts
 from ppomax.stages.inputs import compute_of, context_limit, expect_native, fitted_prompts, sampling_of
 from ppomax.stages.spoilt import spoilt
+from ppomax.types import SetupError
 
 RANDOM_PURPOSE = 1_000_002
 
@@ -31,10 +33,15 @@ def label(
     loop_every, stray_every: for one prompt in so many, the best answer made worse is one more answer: with its last
     words said again, and with another prompt's words in the place of its own prompt's (stages/spoilt.py).
     """
+    if out.suffix != ".jsonl":
+        raise SetupError(f"{out}: found the ending {out.suffix!r}, expected .jsonl: pairs are written as JSON lines")
+    with disk_errors(out), tempfile.TemporaryFile(dir=out.parent):  # else it would be found after the sampling
+        pass
     expect_native(sampling)
     tokenizer = load_tokenizer(policy, compute.chat_template)
     read = fitted_prompts(tokenizer, prompts, 512)
     rows, ids = read.prompts, read.ids
+    try_judge(judge, rows, name="judge")
     model = Policy(load_causal_lm(policy, compute_of(compute)), train_layers=None, trained=False)
     context_limit(model.model, max(map(len, ids)) + sampling.max_new_tokens, "longest prompt + response")
     with progress("label", len(rows) * samples, unit="responses") as advance:

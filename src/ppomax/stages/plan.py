@@ -15,7 +15,7 @@ from ppomax.models.load import Compute, resolve_compute
 from ppomax.models.shapes import Shape, shape_named, shape_sized
 from ppomax.rewards.mixture import is_function, parse_terms
 from ppomax.stages.doctor import memory_total
-from ppomax.stages.plan_memory import Machine, Role, microbatch, phases, player_bytes
+from ppomax.stages.plan_memory import Bytes, Machine, Role, host_memory, microbatch, phases, player_bytes
 from ppomax.stages.plan_time import flops, seconds
 from ppomax.stages.ppo_checks import expect_possible
 from ppomax.types import SetupError
@@ -40,8 +40,9 @@ def plan(config: PlanConfig) -> dict[str, Any]:
 
     `models` and `machine` say what was counted for; `layouts` has every layout that was tried, the settings as given
     first; `shown` is the recommended one, the first that fits (`recommended` is then True), else the one that needs
-    least; `players` and `phases` are its bytes, `flops` and `seconds` (None where no speed is known) its iteration;
-    `knobs` are settings that need less, where nothing fits. Only config.json files are read.
+    least; `players` and `phases` are its bytes, `host` those in the host's memory beside GPUs, `flops` and `seconds`
+    (None where no speed is known) its iteration; `knobs` are settings that need less, where nothing fits. Only
+    config.json files are read.
     """
     _expect_countable(config)
     roles = roles_of(config)
@@ -52,6 +53,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
     layout, shown = found or min(tried, key=lambda one: one[1]["peak"])
     speed = _speed(config, compute)
     operations = flops(roles, layout.config, machine)
+    players = _players(layout, roles, machine)
     return {
         "models": {role.name: {"parameters": role.parameters, "shape": str(role.shape)} for role in roles},
         "machine": {
@@ -67,10 +69,9 @@ def plan(config: PlanConfig) -> dict[str, Any]:
         "recommended": found is not None,
         "shown": shown["name"],
         "flags": shown["flags"],
-        "players": {
-            role.name: asdict(player_bytes(role, layout.config, machine, layout.shard)) for role in roles
-        },
-        "phases": _phases(layout, roles, machine),
+        "players": {name: asdict(player) for name, player in players.items()},
+        "phases": phases(roles, players, layout.config, machine, layout.shard),
+        "host": host_memory(roles, players, layout.config, machine),
         "flops": operations,
         "seconds": _seconds(layout, roles, machine, speed),
         "knobs": [] if found else knobs(layout, roles, machine, config.reserve),
@@ -152,7 +153,7 @@ def knobs(layout: Layout, roles: Sequence[Role], machine: Machine, reserve: floa
     """Settings that bring the peak of a layout down, each by itself, and the number of devices at which it fits."""
     found = []
     equal = all(role.shape == roles[0].shape for role in roles if role.trained)
-    for flags, changed in _smaller(layout.config, equal):
+    for flags, changed in _smaller(layout.config, equal, divided=layout.shard != "none"):
         peak = _peak(Layout(layout.name, flags, changed, layout.shard), roles, machine)
         found.append({"change": flags, "peak": peak, "fits": peak <= machine.memory * (1 - reserve)})
     # More devices divide what is trained, and frozen weights only where nothing is shared: then all may be trained.
@@ -168,8 +169,11 @@ def knobs(layout: Layout, roles: Sequence[Role], machine: Machine, reserve: floa
     return sorted((knob for knob in found if knob["peak"] < peak), key=lambda knob: (not knob["fits"], knob["peak"]))
 
 
-def _smaller(config: PlanConfig, equal: bool) -> Iterator[tuple[str, PlanConfig]]:
-    """Flags that ask for less, and what comes of them. equal: what is trained is of one size, and can share layers."""
+def _smaller(config: PlanConfig, equal: bool, *, divided: bool) -> Iterator[tuple[str, PlanConfig]]:
+    """Flags that ask for less, and what comes of them. equal: what is trained is of one size, and can share layers.
+    divided: over several GPUs, whose parts the host may hold."""
+    if divided and not config.compute.offload:
+        yield "--compute.offload", _with(config, compute={"offload": True})
     longest = config.max_prompt_tokens + config.sampling.max_new_tokens
     if config.compute.tokens_per_microbatch > longest:
         yield f"--compute.tokens-per-microbatch {longest}", _with(config, compute={"tokens_per_microbatch": longest})
@@ -195,8 +199,11 @@ def _name(config: PlanConfig) -> str:
 
 
 def _phases(layout: Layout, roles: Sequence[Role], machine: Machine) -> dict[str, dict[str, float]]:
-    players = {role.name: player_bytes(role, layout.config, machine, layout.shard) for role in roles}
-    return phases(roles, players, layout.config, machine, layout.shard)
+    return phases(roles, _players(layout, roles, machine), layout.config, machine, layout.shard)
+
+
+def _players(layout: Layout, roles: Sequence[Role], machine: Machine) -> dict[str, Bytes]:
+    return {role.name: player_bytes(role, layout.config, machine, layout.shard) for role in roles}
 
 
 def _peak(layout: Layout, roles: Sequence[Role], machine: Machine) -> float:
@@ -247,5 +254,7 @@ def _expect_countable(config: PlanConfig) -> None:
     ):
         if mean is not None and mean > limit:
             raise SetupError(f"{name}: found a mean of {mean}, expected at most the longest, {limit}")
+    if config.save.background and config.gpus is not None and gpus_of(config.gpus)[0] > 1:
+        raise SetupError(f"save.background: found True with {config.gpus}; expected False, or one GPU")
     if config.shard in ("zero2", "zero3") and (config.gpus is None or gpus_of(config.gpus)[0] == 1):
         raise SetupError(f"shard: found {config.shard} on one device; expected several, such as --gpus 8x80g")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ppomax.config.plan import PlanConfig
 from ppomax.engine.checkpoint import FILE_BYTES
@@ -215,7 +215,8 @@ def trunk_states(policy: Role, config: PlanConfig, machine: Machine) -> float:
 
 @dataclass(frozen=True)
 class Bytes:
-    """One player on one device. gathered: the copy in compute precision that sharded masters are gathered into."""
+    """One player on one device. gathered: the copy in compute precision that sharded masters are gathered into.
+    host: what lies in the host's memory instead."""
 
     weights: float
     masters: float
@@ -224,6 +225,7 @@ class Bytes:
     gathered: float = 0.0
     activations: float = 0.0
     average: float = 0.0
+    host: float = 0.0
 
     @property
     def always(self) -> float:
@@ -251,12 +253,22 @@ def player_bytes(role: Role, config: PlanConfig, machine: Machine, shard: str) -
     whole = shard == "zero2" or stays_whole(role, config)
     frozen, spread = (part.owned - part.trained) * compute, part.trained if whole else role.parameters
     units = (2 * role.shape.layer + role.shape.embedding + role.shape.unembedding) * compute
-    return Bytes(
+    divided = Bytes(
         frozen if whole else frozen / W,
         FLOAT32 * part.trained / W, 8 * part.trained / W, FLOAT32 * part.trained / W,
         gathered=part.trained * compute if shard == "zero2" else min(units, spread * compute),
         activations=kept, average=average / W,
     )  # fmt: skip
+    return _offloaded(divided, whole=whole) if config.compute.offload else divided
+
+
+def _offloaded(found: Bytes, *, whole: bool) -> Bytes:
+    """With all that is divided in the host's memory; frozen weights are, unless they stay whole."""
+    weights = 0.0 if whole else found.weights
+    moved = weights + found.masters + found.moments + found.gradients + found.average
+    return replace(
+        found, weights=found.weights - weights, masters=0.0, moments=0.0, gradients=0.0, average=0.0, host=moved
+    )
 
 
 def phases(
@@ -274,17 +286,27 @@ def phases(
     trunk = trunk_states(policy, config, machine)
     working = max(forward_working(role.shape, part, machine.compute) for role in roles)
     forward = working + vocabulary_working(policy, config, machine, trains=False)
+    # On a GPU the copy that is written while training goes on lies in the host's memory.
+    copy = _checkpoint(roles, players) + _saving(roles, players) if config.save.background and machine.packs else 0.0
     found = {
         "load": {} if sharded else _loading(roles, machine),
         "generate": {
             "always": always,
+            "background save": copy,
             "gathered weights": decoding,
             "key/value cache": cache(policy, config, machine),
             "working": decode_working(policy, config, machine),
         },
-        "score": {"always": always, "gathered weights": gathered, "lower layers' states": trunk, "working": forward},
+        "score": {
+            "always": always,
+            "background save": copy,
+            "gathered weights": gathered,
+            "lower layers' states": trunk,
+            "working": forward,
+        },
         "train": {
             "always": always,
+            "background save": copy,
             "gathered weights": gathered,
             "lower layers' states": trunk,
             **_backward(roles, players, config, machine, sharded=sharded),
@@ -305,9 +327,24 @@ def _loading(roles: Sequence[Role], machine: Machine) -> dict[str, float]:
 
 def _saving(roles: Sequence[Role], players: dict[str, Bytes]) -> float:
     """A checkpoint's file twice, tensor by tensor and as it is written; on a GPU this is the host's memory."""
+    return 2 * min(_checkpoint(roles, players), FILE_BYTES)
+
+
+def _checkpoint(roles: Sequence[Role], players: dict[str, Bytes]) -> float:
+    """Masters, moments and the average."""
     trained = [role for role in roles if role.trained]
-    state = sum(1.5 * players[role.name].moments + players[role.name].average for role in trained)
-    return 2 * min(state, FILE_BYTES)
+    return sum(1.5 * players[role.name].moments + players[role.name].average for role in trained)
+
+
+def host_memory(
+    roles: Sequence[Role], players: dict[str, Bytes], config: PlanConfig, machine: Machine
+) -> dict[str, float]:  # fmt: skip
+    """What lies in the host's memory for all of its GPUs together: what is offloaded, the copy that is written."""
+    if machine.packs:
+        return {}
+    copy = _checkpoint(roles, players) + _saving(roles, players) if config.save.background else 0.0
+    found = {"offloaded": machine.count * sum(player.host for player in players.values()), "background save": copy}
+    return {name: size for name, size in found.items() if size}
 
 
 def _backward(

@@ -27,6 +27,7 @@ from ppomax.engine.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
     save_checkpoint,
+    verify_checkpoint,
 )
 from ppomax.engine.durable import disk_errors, sync_folder, write_json_atomic
 from ppomax.engine.rundir import Run, open_run, save_final
@@ -73,6 +74,8 @@ class Session:
     # What `save.keep_best` was at its best, larger being better, and in which row.
     best: tuple[float, int] = (-math.inf, -1)
     best_is_known: bool = False
+    # Checkpoints that nothing will go on from: damaged ones, and those after the one that this run went on from.
+    superseded: set[str] = field(default_factory=set)
     saving: Background = field(default_factory=Background)
 
     def finished(self) -> dict[str, Any] | None:
@@ -122,7 +125,7 @@ class Session:
         last = -1
         restored = None
         if path is not None:
-            restored = load_checkpoint(path, like=empty() if world.size() > 1 else None)
+            restored = load_checkpoint(path, like=empty() if world.size() > 1 else None, verified=True)
             for name, fingerprint in restored[1]["frozen"].items():
                 world.first(partial(expect_same_weights, "frozen model", name, fingerprint))
             if restored[1].get("data", data) != data:
@@ -137,7 +140,10 @@ class Session:
             drop_rows_after(self.run.samples, last)
             self.log = MetricsLog(self.run.metrics, self.run.path, last=last)
         for row in world.first(lambda: read_metrics(self.run.metrics)) if self.save.keep_best and last >= 0 else ():
+            before = self.best
             self._compare(row)
+            if f"{self.unit}-{row[self.unit]}" in self.superseded:  # its checkpoint is damaged: others may be the best
+                self.best = before
         self.meet("start")
         return restored
 
@@ -156,10 +162,13 @@ class Session:
         path, problems = latest_checkpoint(self.run.checkpoints, at_most=rows - 1)
         if beyond:
             problems = [f"{self.run.metrics}: found {rows} rows, fewer than {', '.join(beyond)} had", *problems]
-        for problem in problems:
-            said = f"passed over a damaged checkpoint: {problem}"
-            self.console.print(said, style="yellow", markup=False, soft_wrap=True)
+        self._say_damaged(problems)
         if path is not None:
+            number = checkpoint_number(path)
+            self.superseded = {p.name for p in checkpoints(path.parent) if checkpoint_number(p) > number}
+            while (best := self._best([])) and (problems := verify_checkpoint(path.parent / best[0])):
+                self._say_damaged(problems)
+                self.superseded.update(best)
             return path
         cause = ""
         if beyond:
@@ -171,6 +180,11 @@ class Session:
         if cause:
             raise SetupError(f"{self.run.checkpoints}: {cause} start over with --fresh")
         return None
+
+    def _say_damaged(self, problems: Sequence[str]) -> None:
+        for problem in problems:
+            said = f"passed over a damaged checkpoint: {problem}"
+            self.console.print(said, style="yellow", markup=False, soft_wrap=True)
 
     @property
     def _rows_unsaved(self) -> int:
@@ -201,11 +215,12 @@ class Session:
         self.saving.settle()
         if world.is_first():
             self._sync_rows()
+            self.superseded.discard(name)
             spare = self._best([name])
         in_background = self.save.background and not (stop or last)
         save = partial(
             save_checkpoint, self.run.checkpoints, name, copied(tensors) if in_background else tensors, values,
-            keep=self.save.keep, spare=spare,
+            keep=self.save.keep, spare=spare, superseded=set(self.superseded),
         )  # fmt: skip
         if in_background:
             self.saving.start(save)
@@ -221,13 +236,16 @@ class Session:
         if self.run.samples.exists():
             with disk_errors(self.run.samples):
                 sync_folder(self.run.samples)
+        # Their names too: a log that was made or replaced since must not be the old one again after a power cut.
+        with disk_errors(self.run.path):
+            sync_folder(self.run.path)
 
     def _best(self, new: Sequence[str]) -> list[str]:
         """The checkpoint with the best `save.keep_best`, among those on the disk and the new one."""
         if self.save.keep_best is None:
             return []
         rows = {row[self.unit]: self._goodness(row) for row in read_metrics(self.run.metrics)}
-        names = {*new, *(path.name for path in checkpoints(self.run.checkpoints))}
+        names = {*new, *(path.name for path in checkpoints(self.run.checkpoints))} - self.superseded
         judged = [(good, name) for name in names if (good := rows.get(checkpoint_number(Path(name)))) is not None]
         return [max(judged)[1]] if judged else []
 

@@ -35,9 +35,11 @@ def asking_to_stop(stop: Stop, *, say: Callable[[], None], grace: float | None, 
 
     say: tells the user that the first was heard. kept: where the work is that a run stopped at once still has.
     """
-    over = threading.Event()
+    over, own = threading.Event(), os.getpid()
 
     def ask(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != own:  # a fork of a reward hears its terminal's Ctrl-C too; what it does is still asked for
+            return
         if stop.by:
             raise KeyboardInterrupt
         stop.by = signal.Signals(number)
@@ -45,24 +47,71 @@ def asking_to_stop(stop: Stop, *, say: Callable[[], None], grace: float | None, 
             threading.Thread(target=_end_of_grace, args=(grace, over), daemon=True).start()
         say()
 
-    handlers = {}
     try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            try:
-                handlers[number] = signal.signal(number, ask)
-            except ValueError:  # not in the main thread: the caller's handlers stay
-                break
-        yield
+        with _handling(ask, signal.SIGINT, signal.SIGTERM):
+            yield
     except KeyboardInterrupt:
         if stop.by != signal.SIGTERM:
             raise
         raise interrupted(stop.by, f"stopped at once; nothing after the last checkpoint in {kept} is kept") from None
     finally:
         over.set()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+
+
+@contextmanager
+def ending_at_sigterm() -> Iterator[None]:
+    """SIGTERM where nothing is saved: a KeyboardInterrupt with the signal's number, so that what is open is closed."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt(number)
+
+    with _handling(end, signal.SIGTERM):
+        yield
+
+
+@contextmanager
+def _handling(handler: Callable[[int, FrameType | None], None], *numbers: signal.Signals) -> Iterator[None]:
+    before = {}
+    try:
+        for number in numbers:
+            try:
+                before[number] = signal.signal(number, handler)
+            except ValueError:  # not in the main thread: the caller's handlers stay
+                break
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 def _end_of_grace(seconds: float, over: threading.Event) -> None:
     if not over.wait(seconds):
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+# A pool of processes ends its forks by SIGTERM and waits for them: each has to end, at whatever moment it comes.
+
+
+def _ours() -> bool:
+    return getattr(signal.getsignal(signal.SIGTERM), "__module__", "") == __name__
+
+
+def _before_fork() -> None:
+    if _ours():
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+
+def _after_fork_in_parent() -> None:
+    if _ours():
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+def _after_fork_in_child() -> None:
+    if _ours():
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+os.register_at_fork(
+    before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child
+)  # fmt: skip
