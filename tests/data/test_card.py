@@ -2,12 +2,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from ppomax.data.card import Part, data_card, lengths
+from ppomax.data.card import Part, data_card, heldout_learnt_too, lengths
 from ppomax.data.readers import read_dialogues, read_pairs
 from ppomax.data.split import split_by_key
+from ppomax.types import Dialogue
 
 
 def pair(prompt: str, chosen: str, source: str) -> dict[str, str]:
@@ -61,3 +63,28 @@ def test_the_parts_of_a_split_share_no_prompt(write: Callable[..., Path]) -> Non
     card = data_card(report, {"learn": Part(learn, [1]), "heldout": Part(held, [1])}, fitted="")
     assert card["parts"]["learn"]["prompts"] + card["parts"]["heldout"]["prompts"] == card["prompts"] == 30
     assert (card["parts"]["heldout"]["rows"], card["largest_prompt_group"]) == (18, 3)
+
+
+def test_held_out_dialogues_of_which_an_answer_is_learnt_are_counted(write: Callable[..., Path]) -> None:
+    def cut(*texts: str, weight: int = 1) -> dict[str, Any]:
+        return {
+            "messages": [
+                {"role": "assistant", "content": text, "weight": weight} if i % 2 else {"role": "user", "content": text}
+                for i, text in enumerate(texts)
+            ]
+        }
+
+    def read(*rows: dict[str, Any]) -> list[Dialogue]:
+        return read_dialogues(str(write(*rows)))[0]
+
+    whole, first, alike = cut("q", "a", "r", "b"), cut("q", "a"), cut("q ", "else", "s", "c")
+    others = [cut("r", "b"), cut("x", "a", "r", "b"), {"text": "q"}]
+    for learn, held, count in (
+        ([whole], [first, *others], 1), ([first], [whole, alike, *others], 2), ([first, whole], others, 0),
+        ([], [whole], 0), ([whole], [], 0),
+    ):  # fmt: skip
+        assert heldout_learnt_too(read(*learn, {"text": "t"}), read(*held, {"text": "u"})) == count
+    # What is only read is not learnt.
+    read_only = cut("q", "a", "r", "b")
+    read_only["messages"][1]["weight"] = 0
+    assert heldout_learnt_too(read(read_only), read(first)) == 0

@@ -12,6 +12,7 @@ from ppomax.data.chat import (
     fit_dialogue,
     fit_prompt,
     prepare_tokenizer,
+    refusal,
     render_dialogue,
     render_prompt,
     render_response,
@@ -283,3 +284,76 @@ def test_a_long_dialogue_loses_its_oldest_exchanges_but_never_the_last(tokenizer
         assert length <= whole // 2 < exchange
         assert (kept.key, kept.source) == ("k", "s")
         assert fit_dialogue(tokenizer, dialogue, 3).messages == (*messages[:start], *messages[-2:])
+
+
+@pytest.mark.parametrize("template", [CHATML, NEWLINE_AFTER], ids=["built in", "newline after each turn"])
+@pytest.mark.parametrize("first", ["\nHi there.", "Hi there."])
+def test_an_answer_that_begins_with_a_newline_is_tokenised_apart_from_the_cue(
+    tokenizer: PreTrainedTokenizerBase, template: str, first: str
+) -> None:
+    """The cue ends with a newline, and the tokenizer makes one token of two."""
+    tokenizer.add_tokens(["\n\n"])
+    tokenizer.chat_template = template
+    turns = (user("Hello"), assistant(first), user("Poem?"), assistant("\nThe sea.\n\nThe end."))
+    ids, mask = render_dialogue(tokenizer, Dialogue(turns, key=""), max_length=1000)
+    learnt = tokenizer.decode([i for i, counts in zip(ids, mask, strict=True) if counts])
+    assert learnt == f"{first}<|im_end|>\nThe sea.\n\nThe end.<|im_end|>"
+    assert tokenizer.decode(ids) == tokenizer.apply_chat_template(list(turns), tokenize=False).rstrip("\n")
+    prompt = render_prompt(tokenizer, turns[:1])
+    response = render_response(tokenizer, first)
+    assert ids[: len(prompt) + len(response)] == prompt + response
+    assert ids[-len(render_response(tokenizer, turns[-1]["content"])) :] == render_response(
+        tokenizer, turns[-1]["content"]
+    )
+    assert render_dialogue(tokenizer, Dialogue(turns, key=""), max_length=len(ids) - 2)[0] == ids[:-2]
+    exchange = Dialogue(turns[2:], key="")
+    size = len(render_dialogue(tokenizer, exchange, max_length=1000)[0])
+    assert fit_dialogue(tokenizer, Dialogue(turns, key=""), size) == exchange
+
+
+def test_the_real_tokenizer_takes_an_answer_that_begins_with_a_newline(
+    prepared_smollm2: PreTrainedTokenizerBase,
+) -> None:
+    tokenizer = prepared_smollm2
+    assert len(ids_of(tokenizer, "\n\n")) == 1
+    ids, mask = render_dialogue(tokenizer, Dialogue((user("Hello"), assistant("\nHi.")), key=""), max_length=1000)
+    assert tokenizer.decode([i for i, counts in zip(ids, mask, strict=True) if counts]) == "\nHi.<|im_end|>"
+    assert ids == render_prompt(tokenizer, [user("Hello")]) + render_response(tokenizer, "\nHi.")
+
+
+@pytest.mark.parametrize(
+    ("written", "said"),
+    [
+        ("{{ strftime_now('%d %b %Y') }}", "26 Jul 2024"),
+        ("{% set day = date_string or strftime_now('%A, %-d.%m.%Y') %}{{ day }}", "Friday, 26.07.2024"),
+        ("{% macro day() %}{{ strftime_now('%Y-%m-%d').split('-')[2] | int - 1 }}{% endmacro %}{{ day() }}", "25"),
+    ],
+)
+def test_a_template_that_prints_the_date_gives_the_same_ids_on_every_day(
+    tokenizer: PreTrainedTokenizerBase, written: str, said: str
+) -> None:
+    tokenizer.chat_template = "{{ 'Today: ' }}" + written + "{{ '\n' }}" + CHATML
+    ids = render_prompt(tokenizer, [user("Hello")])
+    assert tokenizer.decode(ids).startswith(f"Today: {said}\n<|im_start|>user")
+    whole, _ = render_dialogue(tokenizer, Dialogue(TURNS[:2], key=""), max_length=1000)
+    assert whole == ids + render_response(tokenizer, "Hi there.")
+
+
+def test_why_a_template_refuses_is_said_in_a_few_words(tokenizer: PreTrainedTokenizerBase) -> None:
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
+    )
+    assert refusal(tokenizer, [SYSTEM, user("Hello")]) == "refused by the chat template: System role not supported"
+    assert refusal(tokenizer, TURNS, [1, 3]) is None and refusal(tokenizer, TURNS[:3]) is None
+    # What an answer says makes this one write it in another way once it is no longer the last.
+    tokenizer.chat_template = CHATML.replace(
+        "message['content']", "(message['content'] if loop.last else message['content'].split('</think>')[-1])"
+    )
+    thought = (user("Hello"), assistant("<think>hm</think>Hi."), *TURNS[2:])
+    assert refusal(tokenizer, TURNS, [1, 3]) is None
+    assert refusal(tokenizer, thought, [3]) is None  # an answer that is only read may be shortened
+    assert refusal(tokenizer, thought, [1, 3]) == (
+        "refused by the chat template: it writes turns in another way when others follow"
+    )
+    with pytest.raises(SetupError, match="does not start with the ids of its own prefix"):
+        render_dialogue(tokenizer, Dialogue(thought, key=""), max_length=1000)

@@ -201,3 +201,19 @@ def test_other_formats_and_directories_are_refused(write: Callable[..., Path], t
         rows_of(write("a,b", name="rows.csv"))
     with pytest.raises(DataError, match=r"is a directory, expected a file \(\.jsonl"):
         rows_of(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.json", "rows.txt"])
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, name: str) -> None:
+    memory = Path("/proc/self/mem")  # its first byte is an input/output error, for root too
+    if not memory.exists():
+        pytest.skip("needs Linux's /proc")
+    path = tmp_path / name
+    path.symlink_to(memory)
+    with pytest.raises(DataError, match=rf"{name}: it cannot be read \(Input/output error\); check its name, its perm"):
+        rows_of(path)
+
+
+def test_a_name_that_no_file_can_have(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"x\.jsonl: it cannot be read \(File name too long\)"):
+        check_spec(str(tmp_path / ("x" * 300 + ".jsonl")))

@@ -3,9 +3,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import PreTrainedTokenizerBase
 
+from ppomax.data.chat import CHATML
 from ppomax.data.readers import prompt_key, read_dialogues, read_pairs, read_prompts
 from ppomax.types import DataError
 
@@ -307,3 +310,51 @@ def test_chat_as_openai_writes_it(write: Callable[..., Path]) -> None:
     assert report.dropped == {"a turn of a tool, or one that calls one": 1, "every assistant turn has weight 0": 1}
     with pytest.raises(DataError, match=r"content\[0\]: found a part of type 'image_url', expected text only"):
         read_dialogues(str(write({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]})))
+
+
+@pytest.fixture
+def strict(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """With a template that refuses system turns and roles that do not take turns, as Gemma's does."""
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+        "{% elif (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Roles must alternate') }}"
+        "{% endif %}{% endfor %}" + CHATML
+    )
+    return tokenizer
+
+
+ASKED = [("user", "q"), ("user", "r")]
+DROPPED = {"refused by the chat template: System role not supported": 2,
+           "refused by the chat template: Roles must alternate": 1}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("read", "make"),
+    [
+        (read_prompts, lambda *turns: {"prompt": messages(*turns)}),
+        (read_dialogues, lambda *turns: {"messages": messages(*turns, ("assistant", "a"))}),
+        (read_pairs, lambda *turns: {"prompt": messages(*turns), "responses": ["a", "b"], "ranks": [1, 2]}),
+        (
+            read_pairs,
+            lambda *turns: {
+                "chosen": messages(*turns, ("assistant", "a")), "rejected": messages(*turns, ("assistant", "b"))
+            },
+        ),
+    ],
+    ids=["prompts", "dialogues", "rankings", "pairs"],
+)  # fmt: skip
+def test_rows_that_the_chat_template_refuses_are_dropped_and_counted(
+    write: Callable[..., Path], strict: PreTrainedTokenizerBase, read: Any, make: Callable[..., dict[str, Any]]
+) -> None:
+    system, good = make(("system", "s"), ("user", "q")), make(("user", "q"))
+    # Two questions in a row are one in a pair already; an answer before the first question is not.
+    uneven = make(("assistant", "hm"), *ASKED)
+    path = write(good, system, uneven, good, system)
+    rows, report = read(str(path), strict)
+    assert (len(rows), report.kept, report.dropped) == (2, 2, DROPPED)
+    assert set(report.first.values()) == {f"{path}:2", f"{path}:3"}
+    assert read(str(path))[1].kept == 5
+    with pytest.raises(DataError, match=r"no usable row is left: read 2 rows, kept 0; dropped 2 refused by the chat "
+                       r"template: System role not supported \(first .*:1\); change the data, or give another "
+                       "--compute.chat-template"):  # fmt: skip
+        read(str(write(system, system)), strict)

@@ -187,3 +187,28 @@ def test_null_fields_of_a_table_do_not_choose_the_schema(write: Callable[..., Pa
 def test_wrong_types_name_line_and_field(write: Callable[..., Path], row: dict, message: str) -> None:
     with pytest.raises(DataError, match=message):
         read_prompts(str(write(row)))
+
+
+SPOKEN = "Assistant: Welcome aboard.\n\nHuman: Thanks.\n\nAssistant: Bye."
+
+
+@pytest.mark.parametrize("prompt", ["Write a scene.", [user("Write a scene.")]])
+def test_an_answer_that_begins_with_assistant_is_one_answer_beside_a_plain_prompt(
+    write: Callable[..., Path], prompt: object
+) -> None:
+    expected = (user("Write a scene."), assistant(SPOKEN))
+    for row in ({"prompt": prompt, "response": SPOKEN}, {"prompt": prompt, "completion": f"{SPOKEN}\n"},
+                {"instruction": "Write a scene.", "output": SPOKEN}):  # fmt: skip
+        [dialogue], _ = read_dialogues(str(write(row)))
+        assert dialogue.messages == expected
+    [pair], report = read_pairs(str(write({"prompt": prompt, "chosen": SPOKEN, "rejected": "Assistant: No."})))
+    assert (pair.prompt, pair.chosen, pair.rejected) == (expected[:1], SPOKEN, "Assistant: No.")
+    assert not report.noted
+
+
+def test_beside_a_prompt_in_hh_rlhfs_format_the_answer_is_read_in_it_too(write: Callable[..., Path]) -> None:
+    row = {"prompt": "\n\nHuman: q", "chosen": "\n\nAssistant: good", "rejected": "\n\nAssistant: bad"}
+    [pair], _ = read_pairs(str(write(row)))
+    assert (pair.prompt, pair.chosen, pair.rejected) == ((user("q"),), "good", "bad")
+    [dialogue], _ = read_dialogues(str(write({"prompt": "\n\nHuman: q", "response": SPOKEN})))
+    assert dialogue.messages == (user("q"), assistant("Welcome aboard."), user("Thanks."), assistant("Bye."))

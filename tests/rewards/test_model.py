@@ -120,8 +120,6 @@ def test_an_answer_that_the_tokenizer_draws_into_the_cue_is_read_apart_from_it(o
         "{% endfor %}{{ 'Bot:' if add_generation_prompt }}"
     )
     model = RewardModel("merging", own.scalar, tokenizer, False, 150, 256)
-    with pytest.raises(SetupError, match="does not start with the ids of its own prefix"):
-        render_response(tokenizer, ":)")
     prompts = [[Message(role="user", content="Well?")]] * 2
     plain = tokenizer(":)", add_special_tokens=False)["input_ids"]
     expected = (

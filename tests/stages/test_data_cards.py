@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from ppomax.data.chat import CHATML
 from ppomax.stages.sft import sft
 from stages.conftest import Trained
 from stages.toy import dialogue_rows, ppo_config, prepared, prompt_rows, sft_config, write_rows
@@ -40,3 +41,17 @@ def test_ppo_prompts_and_ptx_follow_the_weights_of_their_files(tmp_path: Path, t
     assert set(light_times) == {1} and 3 < len(light_times) < 17
     assert [len(ids) > 0 for ids in job.prompt_ids] == [True] * len(job.prompts)
     assert len(job.ptx) == 20
+
+
+def test_prompts_that_the_chat_template_refuses_are_left_out_and_counted(tmp_path: Path, trained: Trained) -> None:
+    (tmp_path / "strict.jinja").write_text(
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHATML
+    )
+    asked = {"prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]}
+    data = write_rows(tmp_path / "p.jsonl", [asked, *prompt_rows(8)])
+    config = ppo_config(tmp_path / "run", trained.sft, data)
+    compute = config.compute.model_copy(update={"chat_template": str(tmp_path / "strict.jinja")})
+    job = prepared(config.model_copy(update={"compute": compute}))
+    assert len(job.prompts) == 8
+    reason = "refused by the chat template: System role not supported"
+    assert card(tmp_path / "run")["dropped"] == {reason: {"rows": 1, "first": f"{data}:1"}}

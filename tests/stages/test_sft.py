@@ -10,11 +10,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from ppomax.config import OptimConfig
+from ppomax.data.chat import CHATML
 from ppomax.data.readers import read_dialogues
 from ppomax.data.split import split_by_key
 from ppomax.engine.optimiser import learning_rate
 from ppomax.models.embedded import embedded_directory
 from ppomax.stages.sft import sft
+from ppomax.types import DataError
 from stages.conftest import Toys, Trained
 from stages.toy import (
     CALM,
@@ -147,3 +149,65 @@ def test_a_long_dialogue_is_cut_and_plain_text_is_learnt(tmp_path: Path, capsys:
     assert "2 cut at 64 tokens, 1 left out because no answer fits" in capsys.readouterr().err
     # "seven stones" is 12 bytes, of which the first has nothing before it; "apple?" takes 25 ids before its answer.
     assert metrics(tmp_path / "run")[0]["tokens"] == 11 + 64 - 25
+
+
+STRICT = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('System role not supported') }}"
+    "{% endif %}{% endfor %}" + CHATML
+)
+
+
+def test_a_row_that_the_chat_template_refuses_is_left_out_and_stands_on_the_data_card(tmp_path: Path) -> None:
+    (tmp_path / "strict.jinja").write_text(STRICT, encoding="utf-8")
+    turns = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "a"},
+    ]
+    data = write_rows(tmp_path / "rows.jsonl", [*dialogue_rows()[:9], {"messages": turns}])
+    compute = FLOAT32.model_copy(update={"chat_template": str(tmp_path / "strict.jinja")})
+    assert sft(sft_config(tmp_path / "run", data, heldout=3, epochs=1, compute=compute))["rows"] == 6
+    card = json.loads((tmp_path / "run" / "data.json").read_text(encoding="utf-8"))
+    reason = "refused by the chat template: System role not supported"
+    assert (card["read"], card["kept"]) == (10, 9)
+    assert card["dropped"] == {reason: {"rows": 1, "first": f"{data}:10"}}
+    alone = write_rows(tmp_path / "alone.jsonl", [{"messages": turns}])
+    with pytest.raises(DataError, match=rf"no usable row is left: read 1 rows, kept 0; dropped 1 {reason} .*alone.*:1"):
+        sft(sft_config(tmp_path / "none", alone, heldout=0.0, compute=compute))
+
+
+def test_held_out_rows_that_begin_as_rows_that_are_learnt_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every answer of a dialogue is learnt, so the one to the prompt of a shorter row, too."""
+    plain = write_rows(tmp_path / "plain.jsonl", dialogue_rows()[:5])
+    longer = [
+        {"messages": [
+            {"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["response"]},
+            {"role": "user", "content": "And then?"}, {"role": "assistant", "content": "Nothing."},
+        ]}
+        for row in dialogue_rows()[2:8]
+    ]  # fmt: skip
+    longer_file = write_rows(tmp_path / "longer.jsonl", longer)
+    config = sft_config(tmp_path / "run", f"{plain}#source=plain", heldout={"plain": 4}, epochs=1)
+    config = config.model_copy(update={"data": (*config.data, f"{longer_file}#source=longer")})
+    assert sft(config)["rows"] == 7
+    _, held = split_by_key(read_dialogues([*config.data])[0], {"plain": 4}, 0)
+    overlap = len({d.messages[0]["content"] for d in held} & {row["prompt"] for row in dialogue_rows()[2:8]})
+    assert overlap in (2, 3)
+    assert json.loads((tmp_path / "run" / "data.json").read_text(encoding="utf-8"))["heldout_learnt_too"] == overlap
+    assert f"4 held out, of {overlap} of which an answer's prompt is learnt too" in capsys.readouterr().err
+    sft(sft_config(tmp_path / "other", plain, heldout=2, epochs=1))
+    assert json.loads((tmp_path / "other" / "data.json").read_text(encoding="utf-8"))["heldout_learnt_too"] == 0
+
+
+def test_held_out_rows_that_do_not_fit_are_named_as_such(tmp_path: Path) -> None:
+    short, long = [{"prompt": f"q{i}?", "response": "Yes."} for i in range(6)], {"prompt": "x" * 90, "response": "y"}
+    data = f"{write_rows(tmp_path / 'long.jsonl', [long])}#source=long"
+    config = sft_config(tmp_path / "run", data, heldout={"long": 1}, max_length=64)
+    config = config.model_copy(update={"data": (*config.data, write_rows(tmp_path / "short.jsonl", short))})
+    with pytest.raises(DataError, match="^none of 1 dialogues that heldout sets aside has an answer within 64 tokens; "
+                       "raise max_length"):  # fmt: skip
+        sft(config)
+    with pytest.raises(DataError, match="^none of 6 dialogues has an answer within 8 tokens"):
+        sft(sft_config(tmp_path / "none", config.data[1], heldout=0.0, max_length=8))

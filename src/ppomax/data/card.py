@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ppomax.data.readers import ReadReport
+from ppomax.data.readers import ReadReport, prompt_key
 from ppomax.types import Dialogue, Pair, Prompt
 
 BARS = 24
@@ -25,10 +25,13 @@ class Part:
     lengths: Sequence[int]
 
 
-def data_card(report: ReadReport, parts: Mapping[str, Part], *, fitted: str, shared: int = 0) -> dict[str, Any]:
+def data_card(
+    report: ReadReport, parts: Mapping[str, Part], *, fitted: str, shared: int = 0, learnt_too: int = 0
+) -> dict[str, Any]:
     """The content of data.json.
 
     fitted: what became of rows that were too long. shared: rows left out because a held-out row has their prompt.
+    learnt_too: `heldout_learnt_too`.
     """
     rows = [row for part in parts.values() for row in part.rows]
     prompts = Counter(row.key for row in rows)
@@ -40,12 +43,27 @@ def data_card(report: ReadReport, parts: Mapping[str, Part], *, fitted: str, sha
         "changed": _reasons(report.noted, report.first),
         "fitted": fitted,
         "share_a_heldout_prompt": shared,
+        "heldout_learnt_too": learnt_too,
         "prompts": len(prompts),
         "repeated_rows": len(rows) - len(contents),
         "largest_prompt_group": max(prompts.values(), default=0),
         "sources": _sources(rows),
         "parts": {name: _part(part) for name, part in parts.items() if part.rows},
     }
+
+
+def heldout_learnt_too(learn: Sequence[Dialogue], held: Sequence[Dialogue]) -> int:
+    """How many held-out dialogues have a turn of which the answer is learnt, whole or in another wording: one dialogue
+    that stands in the data cut at several turns, or two that begin with the same question."""
+    learnt = {key for dialogue in learn for key in _asked(dialogue)}
+    return sum(not learnt.isdisjoint(_asked(dialogue)) for dialogue in held)
+
+
+def _asked(dialogue: Dialogue) -> list[str]:
+    """The keys of what stands before each answer that is learnt."""
+    turns = enumerate(dialogue.messages)
+    answers = [i for i, message in turns if message["role"] == "assistant" and message.get("learnt", True)]
+    return [prompt_key(dialogue.messages[:i]) for i in answers]
 
 
 def _part(part: Part) -> dict[str, Any]:

@@ -9,15 +9,19 @@ import re
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from datetime import date
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from jinja2.exceptions import TemplateError
 
+from ppomax.errors import first_line
 from ppomax.types import Dialogue, Message, SetupError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
 
 # The newline stands before a turn, not after it, so that a dialogue ends exactly at its eos; prompts are the same ids.
 CHATML = (
@@ -37,6 +41,14 @@ ROLE_TAGS = (
 NAMED_TEMPLATES = {"chatml": CHATML, "role-tags": ROLE_TAGS}
 # Two of Unicode's noncharacters, which no text may hold, and a special token's number between them.
 _SPELLED = re.compile("\ufdd0(\\d+)\ufdd1")
+# The day that templates are told it is, by which ids do not depend on when a stage runs or goes on: the one that Llama
+# 3.2's template names where it is told none. A macro, since transformers takes no functions.
+TODAY = date(2024, 7, 26)
+_FORMATS = {f"%{letter}": TODAY.strftime(f"%{letter}") for letter in "aAbBcdHIjmMpSuUVwWxXyYF"}
+_FORMATS["%-d"] = str(TODAY.day)
+_FILLED = "".join(f" | replace({format!r}, {text!r})" for format, text in _FORMATS.items())
+_CALENDAR = "{% macro strftime_now(format) %}{{ format" + _FILLED + " }}{% endmacro %}"
+REFUSED = "refused by the chat template"
 
 
 def chat_template(name_or_file: str) -> str:
@@ -91,8 +103,8 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message
 
 def render_response(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Token ids of an answer, its eos included: what the template puts after the ids of a prompt."""
-    question = Message(role="user", content="Hello?")
-    ids, start = _turn_ids(tokenizer, [question, Message(role="assistant", content=text)])
+    turns = [Message(role="user", content="Hello?"), Message(role="assistant", content=text)]
+    ids, start = _whole_or_apart(lambda apart: _turn_ids(tokenizer, turns, apart=apart))
     return ids[start:]
 
 
@@ -108,20 +120,47 @@ def render_dialogue(
     if dialogue.text is not None:
         ids = list(tokenizer(dialogue.text, split_special_tokens=True)["input_ids"])[:max_length]
         return ids, [True] * len(ids)
-    answers = [i for i, message in enumerate(dialogue.messages) if message["role"] == "assistant"]
+    ids, mask = _whole_or_apart(lambda apart: _masked_ids(tokenizer, dialogue.messages, max_length, apart=apart))
+    return ids[:max_length], mask[:max_length]
+
+
+def refusal(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], learnt: Sequence[int] = ()) -> str | None:
+    """Why no ids, or no loss mask, can be made of a dialogue or a prompt, in a few words; None where they can.
+
+    learnt: the places of answers in `messages`. Text is compared, not ids, which would take as long as to make them.
+    """
+    eos = str(tokenizer.eos_token)
+    try:
+        whole = _rendered(tokenizer, messages, cue=messages[-1]["role"] != "assistant")
+        for i in learnt:
+            answered = _rendered(tokenizer, messages[: i + 1]) if i + 1 < len(messages) else whole
+            answered = answered[: answered.rfind(eos) + len(eos)]
+            asked = _rendered(tokenizer, messages[:i], cue=True)
+            if not (whole.startswith(answered) and answered.startswith(asked) and len(answered) > len(asked)):
+                return f"{REFUSED}: it writes turns in another way when others follow"
+    except TemplateError as error:
+        return f"{REFUSED}: {first_line(error)}"
+    return None
+
+
+def _masked_ids(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], max_length: int, *, apart: bool
+) -> tuple[list[int], list[bool]]:
+    """Ids up to the last answer's eos, and their loss mask, of which nothing after `max_length` need be right."""
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not answers:
         raise ValueError("render_dialogue: found no assistant turn, expected at least one")
-    ids, start = _turn_ids(tokenizer, dialogue.messages[: answers[-1] + 1])
-    mask = [False] * start + [dialogue.messages[answers[-1]].get("learnt", True)] * (len(ids) - start)
+    ids, start = _turn_ids(tokenizer, messages[: answers[-1] + 1], apart=apart)
+    mask = [False] * start + [messages[answers[-1]].get("learnt", True)] * (len(ids) - start)
     for i in answers[:-1]:
-        if not dialogue.messages[i].get("learnt", True):
+        if not messages[i].get("learnt", True):
             continue
-        earlier, start = _turn_ids(tokenizer, dialogue.messages[: i + 1])
+        earlier, start = _turn_ids(tokenizer, messages[: i + 1], apart=apart)
         _expect_prefix(ids, earlier, tokenizer)
         if start >= max_length:
             break
         mask[start : len(earlier)] = [True] * (len(earlier) - start)
-    return ids[:max_length], mask[:max_length]
+    return ids, mask
 
 
 def fit_prompt(
@@ -143,7 +182,11 @@ def fit_dialogue(tokenizer: PreTrainedTokenizerBase, dialogue: Dialogue, max_tok
     The system message and the last exchange always stay, even where they alone are too long.
     """
     parts = _newest_parts(dialogue.messages)
-    first = _first_that_fits(parts, lambda part: len(_turn_ids(tokenizer, part)[0]) <= max_tokens)
+
+    def fits(part: tuple[Message, ...]) -> bool:
+        return len(_whole_or_apart(lambda apart: _turn_ids(tokenizer, part, apart=apart))[0]) <= max_tokens
+
+    first = _first_that_fits(parts, fits)
     return replace(dialogue, messages=parts[min(first, len(parts) - 1)])
 
 
@@ -161,13 +204,26 @@ def _first_that_fits(parts: Sequence[tuple[Message, ...]], fits: Callable[[tuple
     return bisect_left(parts, True, lo=1, key=fits)
 
 
-def _turn_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[list[int], int]:
+class _PrefixError(SetupError):
+    """The ids of a dialogue do not begin with those of its own prefix."""
+
+
+def _whole_or_apart(render: Callable[[bool], T]) -> T:
+    """What `render` makes of a text tokenised whole, or, where the tokenizer joins the first characters of an answer
+    with the cue before it (two newlines), of one tokenised in parts: as the answer to a prompt's ids is sampled."""
+    try:
+        return render(False)
+    except _PrefixError:
+        return render(True)
+
+
+def _turn_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, apart: bool) -> tuple[list[int], int]:
     """Ids up to the eos of the last message, an assistant turn, and where that turn begins.
 
-    What the template puts after the eos is dropped.
+    What the template puts after the eos is dropped. apart: every answer is tokenised apart from what is before it.
     """
-    ids = _template_ids(tokenizer, messages, cue=False)
-    prompt = _template_ids(tokenizer, messages[:-1], cue=True)
+    ids = _template_ids(tokenizer, messages, cue=False, apart=apart)
+    prompt = _template_ids(tokenizer, messages[:-1], cue=True, apart=apart)
     _expect_prefix(ids, prompt, tokenizer)
     end = len(ids)
     while end > len(prompt) and ids[end - 1] != tokenizer.eos_token_id:
@@ -184,7 +240,7 @@ def _turn_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -
 def _expect_prefix(ids: list[int], prefix: list[int], tokenizer: PreTrainedTokenizerBase) -> None:
     if ids[: len(prefix)] != prefix:
         at = next((i for i, (a, b) in enumerate(zip(ids, prefix, strict=False)) if a != b), min(len(ids), len(prefix)))
-        raise SetupError(
+        raise _PrefixError(
             f"chat template of {tokenizer.name_or_path or 'the tokenizer'}: a dialogue does not start with the ids of "
             f"its own prefix (they part at token {at}: prefix {tokenizer.decode(prefix[at : at + 5])!r}, dialogue "
             f"{tokenizer.decode(ids[at : at + 5])!r}), so a loss mask cannot be made. "
@@ -192,18 +248,24 @@ def _expect_prefix(ids: list[int], prefix: list[int], tokenizer: PreTrainedToken
         )
 
 
-def _template_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, cue: bool) -> list[int]:
+def _template_ids(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, cue: bool, apart: bool = False
+) -> list[int]:
     """Ids of a rendered dialogue. A content that spells a special token gets the ids of its letters: data cannot end a
     turn, nor begin one."""
     special = sorted({token.content for token in tokenizer.added_tokens_decoder.values() if token.special})
     spelled = [(f"\ufdd0{i}\ufdd1", token) for i, token in enumerate(special)]
     plain = [_SPELLED.sub("\ufffd\\1\ufffd", m["content"]) for m in messages]  # what reads as our own marks is none
     marked = [Message(role=m["role"], content=_replaced(x, spelled)) for m, x in zip(messages, plain, strict=True)]
+    whole = _template_text(tokenizer, marked, cue=cue)
+    for i in reversed([i for i, m in enumerate(marked) if apart and m["role"] == "assistant"]):
+        asked = _template_text(tokenizer, marked[:i], cue=True)
+        if whole.startswith(asked):
+            whole = f"{asked}\ufdd0{len(special)}\ufdd1{whole[len(asked) :]}"  # an empty token, which is no ids
     # Text and the numbers of spelt-out tokens in turns.
-    pieces = _SPELLED.split(_template_text(tokenizer, marked, cue=cue))
     ids: list[int] = []
-    for i, piece in enumerate(pieces):
-        text = piece if i % 2 == 0 else special[int(piece)]
+    for i, piece in enumerate(_SPELLED.split(whole)):
+        text = piece if i % 2 == 0 else [*special, ""][int(piece)]
         # Special tokens are written by the template itself: adding the tokenizer's own would double the bos.
         ids += tokenizer(text, add_special_tokens=False, split_special_tokens=i % 2 == 1)["input_ids"]
     return ids
@@ -217,12 +279,17 @@ def _replaced(text: str, replacements: Sequence[tuple[str, str]]) -> str:
 
 def _template_text(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, cue: bool = False) -> str:
     try:
-        turns = [{"role": message["role"], "content": message["content"]} for message in messages]
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=cue)
+        return _rendered(tokenizer, messages, cue=cue)
     except TemplateError as error:
         roles = ", ".join(message["role"] for message in messages) or "none"
         raise SetupError(
             f"chat template of {tokenizer.name_or_path or 'the tokenizer'}: it refuses a dialogue with the roles "
             f"{roles}: {error}. Change the data, or give another --compute.chat-template"
         ) from error
-    return str(text)
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], *, cue: bool = False) -> str:
+    turns = [{"role": message["role"], "content": message["content"]} for message in messages]
+    template = tokenizer.chat_template
+    dated = _CALENDAR + template if isinstance(template, str) and "strftime_now" in template else None
+    return str(tokenizer.apply_chat_template(turns, chat_template=dated, tokenize=False, add_generation_prompt=cue))

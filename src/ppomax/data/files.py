@@ -46,9 +46,9 @@ def check_spec(spec: str) -> None:
     path = Path(name)
     if not name:
         raise DataError(f"{spec!r}: no file named, expected a local file ({_FORMATS}) or owner/name[:split]")
-    if path.is_dir():
-        raise DataError(f"{name}: is a directory, expected a file ({_FORMATS})")
-    if path.exists():
+    if _exists(path):
+        if path.is_dir():
+            raise DataError(f"{name}: is a directory, expected a file ({_FORMATS})")
         if _reader(path) is None:
             raise DataError(f"{name}: unknown file format, expected {_FORMATS}")
         if only_hub := [tag for tag in ("folder", "config") if tag in tags]:
@@ -66,23 +66,38 @@ def iter_rows(spec: str) -> Iterator[Row]:
     name, tags = _split_spec(spec)
     source, weight = tags.get("source"), _weight(tags, spec)
     path = Path(name)
-    if not path.exists():
+    if not _exists(path):
         rows = _hub_rows(name, folder=tags.get("folder"), config=tags.get("config"))
     else:
         reader = _reader(path)
         assert reader is not None  # the spec was checked
         rows = reader(path)
-    for number, value in rows:
-        place = f"{name}:{number}"
-        if not isinstance(value, dict):
-            raise DataError(f'{place}: found {_json_type(value)}, expected a JSON object such as {{"prompt": ...}}')
-        yield Row(value, place, source, weight)
+    try:
+        for number, value in rows:
+            place = f"{name}:{number}"
+            if not isinstance(value, dict):
+                raise DataError(f'{place}: found {_json_type(value)}, expected a JSON object such as {{"prompt": ...}}')
+            yield Row(value, place, source, weight)
+    except OSError as error:
+        raise _unreadable(name, error) from error
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError as error:  # a folder that may not be looked into, a name that is too long
+        raise _unreadable(str(path), error) from error
+
+
+def _unreadable(name: str, error: OSError) -> DataError:
+    found = error.strerror or first_line(error)
+    return DataError(f"{name}: it cannot be read ({found}); check its name, its permissions and the disk")
 
 
 def _split_spec(spec: str) -> tuple[str, dict[str, str]]:
     """Name and tags of a spec."""
     found = _TAGS.search(spec)
-    if found is None or Path(spec).exists():
+    if found is None or _exists(Path(spec)):
         return spec, {}
     tags: dict[str, str] = {}
     for tag in found[1].split("&"):

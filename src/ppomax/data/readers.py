@@ -5,13 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ppomax.data import schemas
+from ppomax.data.chat import REFUSED, refusal
 from ppomax.data.files import Row, check_spec, iter_rows
 from ppomax.types import DataError, Dialogue, Message, Pair, Prompt
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
 
@@ -46,10 +50,13 @@ def prompt_key(messages: Sequence[Message]) -> str:
     return _digest([[message["role"], message["content"].strip()] for message in messages])
 
 
-def read_prompts(specs: str | Sequence[str]) -> tuple[list[Prompt], ReadReport]:
+def read_prompts(
+    specs: str | Sequence[str], tokenizer: PreTrainedTokenizerBase | None = None
+) -> tuple[list[Prompt], ReadReport]:
     """Read prompts from any schema; a dialogue gives what comes before its last answer, a pair its prompt.
 
-    Columns that do not make the prompt are kept in `Prompt.columns`, for rewards that need them.
+    Columns that do not make the prompt are kept in `Prompt.columns`, for rewards that need them. tokenizer: rows that
+    its chat template refuses are dropped and counted, as in the other readers.
     """
 
     def convert(row: Row) -> tuple[list[Prompt], tuple[str, ...]]:
@@ -58,6 +65,7 @@ def read_prompts(specs: str | Sequence[str]) -> tuple[list[Prompt], ReadReport]:
             raise schemas.missing_field(row, schemas.PROMPT_SCHEMAS)
         messages, used, notes = found
         schemas.check_prompt(messages)
+        _expect_renders(tokenizer, messages)
         columns = {key: value for key, value in row.fields.items() if key not in used and key != "source"}
         if row.source or row.fields.get("source"):
             columns["source"] = _source(row)
@@ -66,7 +74,9 @@ def read_prompts(specs: str | Sequence[str]) -> tuple[list[Prompt], ReadReport]:
     return _read(specs, convert)
 
 
-def read_dialogues(specs: str | Sequence[str]) -> tuple[list[Dialogue], ReadReport]:
+def read_dialogues(
+    specs: str | Sequence[str], tokenizer: PreTrainedTokenizerBase | None = None
+) -> tuple[list[Dialogue], ReadReport]:
     """Read dialogues whose assistant turns are to be learnt, or plain `text`; of a pair, the chosen side."""
 
     def convert(row: Row) -> tuple[list[Dialogue], tuple[str, ...]]:
@@ -85,12 +95,15 @@ def read_dialogues(specs: str | Sequence[str]) -> tuple[list[Dialogue], ReadRepo
         messages = messages[: answers[-1] + 1]
         schemas.check_prompt(messages[:-1])
         schemas.check_text(messages[-1]["content"])
+        _expect_renders(tokenizer, messages, answers)
         return [Dialogue(messages, prompt_key(messages[:-1]), _source(row), weight=row.weight)], ()
 
     return _read(specs, convert)
 
 
-def read_pairs(specs: str | Sequence[str]) -> tuple[list[Pair], ReadReport]:
+def read_pairs(
+    specs: str | Sequence[str], tokenizer: PreTrainedTokenizerBase | None = None
+) -> tuple[list[Pair], ReadReport]:
     """Read preference pairs: HH-RLHF text, `chosen` and `rejected` with or without a `prompt` of their own, or a
     ranking of several responses, which becomes all its pairs (InstructGPT)."""
 
@@ -108,12 +121,14 @@ def read_pairs(specs: str | Sequence[str]) -> tuple[list[Pair], ReadReport]:
         if pair.chosen.strip() == pair.rejected.strip():
             raise schemas.Unusable("chosen == rejected")
         schemas.check_text(pair.chosen, pair.rejected)
+        _expect_answers_render(tokenizer, pair.prompt, (pair.chosen, pair.rejected))
         key, gap = prompt_key(pair.prompt), schemas.score_gap(fields, row.place)
         return [Pair(pair.prompt, pair.chosen, pair.rejected, key, _source(row), gap, row.weight)], pair.notes
 
     def ranked(row: Row, fields: Mapping[str, Any]) -> tuple[list[Pair], tuple[str, ...]]:
         prompt, pairs, notes = schemas.ranking_of(fields, row.place)
         schemas.check_prompt(prompt)
+        _expect_answers_render(tokenizer, prompt, dict.fromkeys(text for pair in pairs for text in pair[:2]))
         key = prompt_key(prompt)
         return [Pair(prompt, better, worse, key, _source(row), gap, row.weight) for better, worse, gap in pairs], notes
 
@@ -150,8 +165,25 @@ def _read(
                 first.setdefault(note, row.place)
     report = ReadReport(read, used, dict(dropped), dict(noted), first)
     if not kept:
-        raise DataError(f"{', '.join(specs) or 'no data given'}: no usable row is left: {report}")
+        refused = any(reason.startswith(REFUSED) for reason in dropped)
+        advice = "; change the data, or give another --compute.chat-template" if refused else ""
+        raise DataError(f"{', '.join(specs) or 'no data given'}: no usable row is left: {report}{advice}")
     return kept, report
+
+
+def _expect_renders(
+    tokenizer: PreTrainedTokenizerBase | None, messages: Sequence[Message], learnt: Sequence[int] = ()
+) -> None:
+    """Raise Unusable where a chat template makes nothing of a dialogue or a prompt that could be learnt from."""
+    if tokenizer is not None and (reason := refusal(tokenizer, messages, learnt)):
+        raise schemas.Unusable(reason)
+
+
+def _expect_answers_render(
+    tokenizer: PreTrainedTokenizerBase | None, prompt: Sequence[Message], answers: Iterable[str]
+) -> None:
+    for text in answers:
+        _expect_renders(tokenizer, [*prompt, Message(role="assistant", content=text)], [len(prompt)])
 
 
 def _plain_text(row: Row) -> Dialogue:

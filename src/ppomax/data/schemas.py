@@ -137,9 +137,10 @@ def dialogue_of(fields: Mapping[str, Any], place: str) -> Messages | None:
         return _message_list(fields["messages"], f"{place}, `messages`")
     answer = next((name for name in ("completion", "response") if name in fields), None)
     if "prompt" in fields and answer:
-        return _turns(fields["prompt"], "user", f"{place}, `prompt`") + _answer(fields[answer], f"{place}, `{answer}`")
+        prompt = _turns(fields["prompt"], "user", f"{place}, `prompt`")
+        return prompt + _answer(fields[answer], fields["prompt"], f"{place}, `{answer}`")
     if "instruction" in fields and "output" in fields:
-        return _instruction(fields, place) + _answer(fields["output"], f"{place}, `output`")
+        return _instruction(fields, place) + _answer(fields["output"], fields["instruction"], f"{place}, `output`")
     if is_pair(fields):
         pair = preference_of(fields, place)
         return (*pair.prompt, Message(role="assistant", content=pair.chosen))
@@ -209,7 +210,7 @@ def _side(fields: Mapping[str, Any], name: str, place: str) -> Messages:
     prompt = _turns(fields["prompt"], "user", f"{place}, `prompt`")
     if whole and (isinstance(value, list) or _begins(messages, prompt)):
         return messages
-    return prompt + _answer(value, where)
+    return prompt + _answer(value, fields["prompt"], where)
 
 
 def _begins(messages: Messages, prompt: Messages) -> bool:
@@ -263,9 +264,9 @@ def _turns(value: Any, role: str, where: str) -> Messages:
     if isinstance(value, list):
         return _message_list(value, where)
     text = _text(value, where)
-    pieces = _TURN.split(text)
-    if len(pieces) == 1 or pieces[0].strip():
+    if not _is_tagged(text):
         return (Message(role=role, content=text.strip()),)
+    pieces = _TURN.split(text)
     turns = [
         Message(role=_HH_ROLES[name], content=content.strip())
         for name, content in zip(pieces[1::2], pieces[2::2], strict=True)
@@ -275,10 +276,17 @@ def _turns(value: Any, role: str, where: str) -> Messages:
     return tuple(turns)
 
 
-def _answer(value: Any, where: str) -> Messages:
-    """What follows a prompt of its own: a text that begins with "Human:" is an answer all the same."""
+def _is_tagged(text: str) -> bool:
+    """Whether a text is HH-RLHF's: it begins with "Human:" or "Assistant:"."""
+    first, *others = _TURN.split(text)
+    return bool(others) and not first.strip()
+
+
+def _answer(value: Any, prompt: Any, where: str) -> Messages:
+    """What follows a prompt of its own: a string is one answer, however it begins. Only beside a prompt in HH-RLHF's
+    format is "Assistant:" before it, and are turns after it, of that format too."""
     turns = _turns(value, "assistant", where)
-    if isinstance(value, str) and turns[0]["role"] == "user":
+    if isinstance(value, str) and (turns[0]["role"] == "user" or not (isinstance(prompt, str) and _is_tagged(prompt))):
         return (Message(role="assistant", content=value.strip()),)
     return turns
 

@@ -21,6 +21,8 @@ def card_rows(card: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows.append(("lengths", card["fitted"]))
     if card["share_a_heldout_prompt"]:
         rows.append(("left out: prompt is held out too", f"{card['share_a_heldout_prompt']:,}"))
+    if card.get("heldout_learnt_too"):
+        rows.append(("held out, with an answer that is learnt too", f"{card['heldout_learnt_too']:,}"))
     groups = f"{card['prompts']:,}, at most {card['largest_prompt_group']:,} rows with the same"
     rows += [("different prompts", groups), ("rows that repeat another", f"{card['repeated_rows']:,}")]
     rows += [(f"source {name}", _source(found)) for name, found in card["sources"].items()]

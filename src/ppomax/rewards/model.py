@@ -42,7 +42,7 @@ class RewardModel:
         """
         rows = []
         for messages, response, cut in zip(prompts, responses, truncated or [False] * len(responses), strict=True):
-            answer = _answer_ids(self.tokenizer, response)[: self.max_length - 8]
+            answer = render_response(self.tokenizer, response)[: self.max_length - 8]
             answer = answer[:-1] if cut and len(answer) > 1 else answer
             fitted = fit_prompt(self.tokenizer, messages, self.max_length - len(answer))
             prompt = render_prompt(self.tokenizer, fitted or messages[-1:])[-(self.max_length - len(answer)) :]
@@ -80,15 +80,3 @@ class RewardModel:
                 "states too large for its precision: --compute.dtype float32 tells which"
             )
         return score_B
-
-
-def _answer_ids(tokenizer: Any, text: str) -> list[int]:
-    """`render_response`, apart from the cue where the tokenizer draws the answer's first characters into it.
-
-    Spelt-out special tokens are tokenised for themselves, so that nothing after one can join what is before it.
-    """
-    try:
-        return render_response(tokenizer, text)
-    except SetupError:  # the same again, if it has another reason
-        apart = tokenizer(tokenizer.eos_token, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        return render_response(tokenizer, tokenizer.eos_token + text)[len(apart) :]

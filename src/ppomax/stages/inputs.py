@@ -15,7 +15,7 @@ from ppomax.config import ModelConfig, SamplingConfig
 from ppomax.data.chat import fit_dialogue, fit_prompt, render_dialogue, render_prompt, render_response
 from ppomax.data.readers import ReadReport, read_prompts
 from ppomax.engine.checkpoint import file_hash
-from ppomax.models.load import Compute, model_directory, resolve_compute
+from ppomax.models.load import Compute, context_length, model_directory, resolve_compute
 from ppomax.models.lora import Lora
 from ppomax.models.players import Player, Policy
 from ppomax.rollout.collect import Sampling, eos_token_ids, stop_check
@@ -126,10 +126,12 @@ def trained_of(player: Player) -> str:
     return f"{trained:,} of {sum(parameter.numel() for parameter in player.model.parameters()):,} parameters"
 
 
-def dialogue_tokens(tokenizer: Any, dialogues: Sequence[Dialogue], max_length: int) -> tuple[list[Tokens], str]:
+def dialogue_tokens(
+    tokenizer: Any, dialogues: Sequence[Dialogue], max_length: int, *, what: str = "dialogues"
+) -> tuple[list[Tokens], str]:
     """Dialogues that have something to learn within `max_length`, and a sentence about what was cut or left out.
 
-    Old exchanges go first; what is too long even so is cut on the right.
+    Old exchanges go first; what is too long even so is cut on the right. what: their name where none is left.
     """
     rows, empty, cut, shortened = [], 0, 0, 0
     for dialogue in dialogues:
@@ -146,17 +148,20 @@ def dialogue_tokens(tokenizer: Any, dialogues: Sequence[Dialogue], max_length: i
         else:
             empty += 1
     if not rows:
-        raise DataError(f"no dialogue has an answer within {max_length} tokens; raise max_length or check the data")
+        found = f"none of {len(dialogues)} {what} has an answer within {max_length} tokens"
+        raise DataError(f"{found}; raise max_length or check the data")
     fate = f"{shortened} lost old turns, {cut} cut at {max_length} tokens"
     return rows, f"{fate}, {empty} left out because no answer fits"
 
 
-def ranked_tokens(tokenizer: Any, pairs: Sequence[Pair], max_length: int) -> tuple[list[RankedTokens], str]:
+def ranked_tokens(
+    tokenizer: Any, pairs: Sequence[Pair], max_length: int, *, what: str = "pairs"
+) -> tuple[list[RankedTokens], str]:
     """Pairs by prompt, so that each response is read once and all pairs of a prompt stay together (InstructGPT).
 
     A response fits if what is left of the prompt does beside it. Old turns go first, for all responses of a prompt
     alike, then pairs with responses that are too long; pairs that say the opposite of each other go both.
-    A prompt that several files give weighs what the heaviest of them says.
+    A prompt that several files give weighs what the heaviest of them says. what: the pairs' name where none is left.
     """
     by_prompt: dict[tuple[str, str], list[Pair]] = {}
     for pair in pairs:
@@ -182,14 +187,14 @@ def ranked_tokens(tokenizer: Any, pairs: Sequence[Pair], max_length: int) -> tup
                 messages, key, max(pair.weight for pair in group),
             ))  # fmt: skip
     report = f"{dropped['longer']} longer than {max_length} tokens left out, {dropped['shortened']} lost old turns"
-    for count, what in (
+    for count, fate in (
         (dropped["repeated"], "repeated pairs dropped"),
         (dropped["opposed"], "pairs dropped because others say the opposite"),
         (dropped["silent"], "pairs dropped because a response is only the eos"),
     ):
-        report += f", {count} {what}" if count else ""
+        report += f", {count} {fate}" if count else ""
     if not rows:
-        raise DataError(f"none of {len(pairs)} pairs is left ({report}); raise max_length or check the data")
+        raise DataError(f"none of {len(pairs)} {what} is left ({report}); raise max_length or check the data")
     return rows, report
 
 
@@ -210,7 +215,7 @@ def _fitting(
 
 def fitted_prompts(tokenizer: Any, specs: Sequence[str], max_tokens: int) -> PromptRows:
     """Prompts of at most `max_tokens` ids, whole or without their oldest turns."""
-    prompts, report = read_prompts(list(specs))
+    prompts, report = read_prompts(list(specs), tokenizer)
     kept: list[Prompt] = []
     ids: list[tuple[int, ...]] = []
     shortened = 0
@@ -245,6 +250,6 @@ def expect_same_weights(role: str, name: str, saved: str) -> None:
 
 def context_limit(model: Any, needed: int, what: str) -> None:
     """Refuse sequences longer than the model's positions."""
-    longest = getattr(model.config, "max_position_embeddings", None)
+    longest = context_length(model)
     if longest is not None and needed > longest:
         raise SetupError(f"{what}: {needed} tokens, but the model has positions for {longest}; lower the limits")

@@ -309,9 +309,9 @@ def _state_bytes(optimisers: Optimisers) -> int:
 def _read_ptx(tokenizer: Any, config: PPOConfig) -> tuple[list[Tokens], str]:
     if not config.ptx_data:
         return [], "off"
-    dialogues, report = read_dialogues(list(config.ptx_data))
+    dialogues, report = read_dialogues(list(config.ptx_data), tokenizer)
     longest = config.max_prompt_tokens + config.sampling.max_new_tokens
-    rows, cut = dialogue_tokens(tokenizer, by_weight(dialogues, config.seed), longest)
+    rows, cut = dialogue_tokens(tokenizer, by_weight(dialogues, config.seed), longest, what="dialogues of ptx_data")
     return rows, f"{config.ptx_weight:g} × LM loss on {config.ptx_batch or config.minibatch} of {report}; {cut}"
 
 

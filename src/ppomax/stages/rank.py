@@ -24,7 +24,7 @@ def rank(config: RankConfig, *, fresh: bool = False) -> dict[str, Any]:
     ) as run:
         compute = compute_of(config.compute)
         tokenizer = load_tokenizer(config.reward, config.compute.chat_template)
-        pairs, report = read_pairs(required(config.data, "data", "preference pairs"))
+        pairs, report = read_pairs(required(config.data, "data", "preference pairs"), tokenizer)
         rows, cut = ranked_tokens(tokenizer, pairs, config.max_length)
         print(f"rank: {report}; {cut}")
         longest = max(len(row.prompt) + max(map(len, row.responses)) for row in rows)

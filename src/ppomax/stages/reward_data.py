@@ -40,10 +40,10 @@ class RewardRows:
 
 def reward_rows(config: RewardConfig, tokenizer: Any) -> RewardRows:
     """The pairs of a configuration, no prompt on two sides."""
-    pairs, report = read_pairs(required(config.data, "data", "preference pairs"))
+    pairs, report = read_pairs(required(config.data, "data", "preference pairs"), tokenizer)
     said, held, shared = str(report), [], 0
     if config.heldout_data:
-        held, held_report = read_pairs(list(config.heldout_data))
+        held, held_report = read_pairs(list(config.heldout_data), tokenizer)
         pairs, shared = _without(held, pairs)
         said += f"; held out: {held_report}; {shared} pairs share a held-out prompt"
     test: list[Pair] = []
@@ -52,8 +52,11 @@ def reward_rows(config: RewardConfig, tokenizer: Any) -> RewardRows:
     if config.heldout and not config.heldout_data:
         pairs, held = split_by_key(pairs, config.heldout, config.seed)
     parts = {"learn": pairs, "heldout": held, "test": test}
+    watched = "pairs of heldout_data" if config.heldout_data else "pairs that heldout sets aside"
+    what = {"learn": "pairs", "heldout": watched, "test": "pairs that test sets aside"}
     tokens = {
-        name: ranked_tokens(tokenizer, part, config.max_length) if part else ([], "") for name, part in parts.items()
+        name: ranked_tokens(tokenizer, part, config.max_length, what=what[name]) if part else ([], "")
+        for name, part in parts.items()
     }
     fitted = "; ".join(f"{name}: {cut}" for name, (_, cut) in tokens.items() if cut)
     described = {name: Part(part, _lengths(tokens[name][0])) for name, part in parts.items()}

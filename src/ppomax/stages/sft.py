@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ppomax.config import SFTConfig
 from ppomax.data.batches import epoch_order
-from ppomax.data.card import Part, data_card
+from ppomax.data.card import Part, data_card, heldout_learnt_too
 from ppomax.data.readers import read_dialogues
 from ppomax.data.split import by_weight, split_by_key
 from ppomax.engine import world
@@ -47,11 +47,14 @@ def sft(config: SFTConfig, *, resume: bool = False, fresh: bool = False) -> dict
 
 def _train(run: Session, config: SFTConfig) -> dict[str, Any]:
     compute = compute_of(config.compute)
-    dialogues, report = read_dialogues(required(config.data, "data", "dialogues to learn from"))
+    specs = required(config.data, "data", "dialogues to learn from")
     tokenizer = load_tokenizer(config.model, config.compute.chat_template)
+    dialogues, report = read_dialogues(specs, tokenizer)
     learn, held = split_by_key(dialogues, config.heldout, config.seed) if config.heldout else (dialogues, [])
+    learnt_too = heldout_learnt_too(learn, held)
     rows, cut = dialogue_tokens(tokenizer, by_weight(learn, config.seed), config.max_length)
-    heldout = dialogue_tokens(tokenizer, held, config.max_length)[0] if held else []
+    aside = "dialogues that heldout sets aside"
+    heldout = dialogue_tokens(tokenizer, held, config.max_length, what=aside)[0] if held else []
     per_epoch = -(-len(rows) // config.batch_size)
     steps = max(1, round(per_epoch * config.epochs))
     model = load_causal_lm(config.model, loading(compute, config.compute))
@@ -63,7 +66,8 @@ def _train(run: Session, config: SFTConfig) -> dict[str, Any]:
         f"sft: {config.model} → {run.run.final}",
         {
             "data": f"{report}; {cut}",
-            "rows": f"{len(rows)} to learn ({sum(sum(r.mask) for r in rows):,} answer tokens), {len(heldout)} held out",
+            "rows": f"{len(rows)} to learn ({sum(sum(r.mask) for r in rows):,} answer tokens), {len(heldout)} held out"
+            + (f", of {learnt_too} of which an answer's prompt is learnt too" if learnt_too else ""),
             "steps": f"{steps} = {config.epochs:g} epochs × {per_epoch} of {config.batch_size} dialogues",
             "schedule": schedule(config.optim, steps),
             "trained": trained_of(policy),
@@ -74,7 +78,7 @@ def _train(run: Session, config: SFTConfig) -> dict[str, Any]:
     data = fingerprint(of_dialogues(rows), of_dialogues(heldout))
     restored = run.restore(frozen=[config.model], data=data, empty=optimiser.empty_state)
     parts = {"learn": Part(learn, _lengths(rows)), "heldout": Part(held, _lengths(heldout))}
-    run.describe(data_card(report, parts, fitted=cut))
+    run.describe(data_card(report, parts, fitted=cut, learnt_too=learnt_too))
     start = failures = 0
     if restored is not None:
         optimiser.load_state_tensors(restored[0])
