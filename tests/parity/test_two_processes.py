@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import traceback
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 from stages.conftest import Toys, Trained
 from stages.toy import CALM, FLOAT32, expect_alike, ppo_config, reward_config, sft_config
 
-from parity.processes import run, run_in_two
+from parity.processes import WORLD, run, run_in_two
 from ppomax.config import CriticConfig, KLConfig, ModelConfig, ObjectiveConfig, SaveConfig
+from ppomax.engine.checkpoint import checkpoints, save_checkpoint
+from ppomax.engine.rundir import Run
+from ppomax.stages.session import Session
 
 SMALL = FLOAT32.model_copy(update={"tokens_per_microbatch": 160})
 
@@ -89,3 +96,30 @@ NAMES = [*runs(Path(), Trained(Path(), Path()), Trained(Path(), Path()), Toys(""
 @pytest.mark.parametrize("name", NAMES)
 def test_two_processes_do_what_one_does(both: tuple[dict[str, Any], dict[str, Any]], name: str) -> None:
     expect_alike(both[0][name].run_dir, both[1][name].run_dir, rel=1e-4, abs=1e-5)
+
+
+def going_on(rank: int, folder: str, jobs: list[Any]) -> None:
+    """A resumed run whose best checkpoint is damaged, up to its next save."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD)
+    save = SaveConfig(every=100, keep=9, keep_best="measure")
+    current = Session(Run(Path(folder, "run"), "sft"), save, "step", wait_minutes=0.5)
+    try:
+        current.restore([], "data", empty=lambda: {"w": torch.zeros(3)})
+        current.append({"step": 6, "measure": 7.0})
+        current.checkpoint(6, False, lambda: ({"w": torch.ones(3)}, {}))
+    except Exception:
+        Path(folder, f"failed-{rank}.txt").write_text(traceback.format_exc())
+
+
+def test_two_processes_agree_that_a_damaged_checkpoint_is_not_the_best(tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    measures = [1.0, 2.0, 9.0, 3.0, 4.0, 5.0]
+    rows = [json.dumps({"step": step, "measure": measure}) for step, measure in enumerate(measures)]
+    (tmp_path / "run" / "metrics.jsonl").write_text("".join(f"{row}\n" for row in rows))
+    state = {"seconds": 0.0, "frozen": {}, "data": "data"}
+    for step in (2, 5):
+        save_checkpoint(folder, f"step-{step}", {"w": torch.zeros(3)}, {"step": step, **state}, keep=9)
+    (folder / "step-2" / "state.json").write_text("{}")
+    run_in_two(tmp_path, [], going_on)
+    assert [path.name for path in checkpoints(folder)] == ["step-5", "step-6"]

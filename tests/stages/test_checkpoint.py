@@ -12,7 +12,7 @@ import pytest
 from ppomax.cli import main
 from ppomax.config import CheckpointConfig, CriticConfig, OptimConfig, PPOConfig, SaveConfig
 from ppomax.engine import checkpoint as engine
-from ppomax.engine.checkpoint import checkpoints
+from ppomax.engine.checkpoint import checkpoints, latest_checkpoint
 from ppomax.errors import SetupError
 from ppomax.stages.checkpoint import checkpoint
 from ppomax.stages.ppo import ppo
@@ -243,6 +243,16 @@ def resumed(config: PPOConfig, damaged: int, save: SaveConfig) -> list[str]:
     flip(config.run_dir / "checkpoints" / f"iteration-{damaged}" / "state.json")
     ppo(config.model_copy(update={"save": save}), resume=True)
     return [path.name for path in checkpoints(config.run_dir / "checkpoints")]
+
+
+def test_a_link_to_nothing_is_a_damaged_checkpoint(copied: Path, tmp_path: Path) -> None:
+    intact = checkpoints(copied / "checkpoints")
+    (copied / "checkpoints" / "iteration-99").symlink_to(tmp_path / "purged")
+    found, problems = latest_checkpoint(copied / "checkpoints")
+    assert found == intact[-1] and "iteration-99" in problems[0]
+    rows = checkpoint(CheckpointConfig(run_dir=copied, number=99))
+    assert isinstance(rows, list) and [row["name"] for row in rows] == ["iteration-99"]
+    assert "found a link to nothing" in rows[0]["problems"][0]
 
 
 def test_a_damaged_checkpoint_that_was_passed_over_takes_no_place(

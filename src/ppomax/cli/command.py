@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -125,7 +126,7 @@ def _explain(error: BaseException, name: str) -> tuple[int, str] | None:
             kept += "" if name == "quickstart" else " with --resume"
         elif name in ("evaluate", "rank"):
             kept = "; nothing is kept. To do it again: the same command"
-        return TERMINATED if error.args else INTERRUPTED, f"stopped at once{kept}"
+        return TERMINATED if error.args == (signal.SIGTERM,) else INTERRUPTED, f"stopped at once{kept}"
     if isinstance(error, Interrupted):
         return error.code, str(error)
     if isinstance(error, SetupError | DataError):

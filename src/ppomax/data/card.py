@@ -55,7 +55,7 @@ def data_card(
 def heldout_learnt_too(learn: Sequence[Dialogue], held: Sequence[Dialogue]) -> int:
     """How many held-out dialogues have a turn of which the answer is learnt, whole or in another wording: one dialogue
     that stands in the data cut at several turns, or two that begin with the same question."""
-    learnt = {key for dialogue in learn for key in _asked(dialogue)}
+    learnt = {key for dialogue in learn for key in _asked(dialogue)} if held else set()
     return sum(not learnt.isdisjoint(_asked(dialogue)) for dialogue in held)
 
 

@@ -148,7 +148,7 @@ def latest_checkpoint(folder: Path, *, at_most: int | None = None) -> tuple[Path
         found = verify_checkpoint(path)
         if not found:
             return path, problems
-        if not path.exists():  # deleted meanwhile by the run that goes on there, when it had a newer one
+        if not os.path.lexists(path):  # deleted meanwhile by the run that goes on there, when it had a newer one
             return latest_checkpoint(folder, at_most=at_most)
         problems += found
     return None, problems

@@ -174,8 +174,6 @@ class Policy(Player):
         super().__init__(model, train_layers=train_layers, trained=trained, checkpointing=checkpointing, lora=lora)
         if not head_is_linear(model, self.base):
             raise SetupError(f"{type(model).__name__} changes its logits after the unembedding; this is not supported")
-        # Whether the native sampler can go on from what it has read.
-        self.decodes = self._goes_on()
 
     def forward(
         self, batch: TokenBatch, *, mask_BT: Tensor | None = None, temperature: float = 1.0, statistics: bool = False,
@@ -223,7 +221,7 @@ class Policy(Player):
 
     def next_states(self, ids_BT: Tensor, mask_BS: Tensor, position_BT: Tensor, cache: Any) -> Tensor:
         """Hidden states [B, H] at the last of `ids_BT`, given what `cache` holds (decoding)."""
-        if not self.decodes:
+        if not self.samples_natively:
             raise SetupError(
                 f"{type(self.model).__name__}: found no keys and values for each layer and token to go on from, "
                 "expected a transformer with such a cache; this architecture cannot be sampled from"
@@ -236,9 +234,14 @@ class Policy(Player):
         )  # fmt: skip
         return out.last_hidden_state[:, -1]
 
-    @torch.no_grad()
+    @cached_property
+    def samples_natively(self) -> bool:
+        """Whether the native sampler can go on from what it has read, tried once: whether a token after prompts of
+        unequal lengths has the state that its row alone gives it."""
+        with torch.no_grad():
+            return self._goes_on()
+
     def _goes_on(self) -> bool:
-        """Whether a token after prompts of unequal lengths has the state that its row alone gives it: a trial."""
         rows = [torch.tensor([row], device=self.device) for row in ([1, 2, 3, 4], [5, 6])]
         padded = torch.tensor([[1, 2, 3, 4], [5, 5, 5, 6]], device=self.device)
         at = torch.tensor([[0, 1, 2, 3], [-2, -1, 0, 1]], device=self.device)
@@ -248,6 +251,8 @@ class Policy(Player):
             if len(cache.layers) != self.base.config.num_hidden_layers or not all(map(_keeps_tokens, cache.layers)):
                 return False
             found = self._read_on(padded[:, -1:], mask, at[:, -1:], cache)
+        except torch.OutOfMemoryError:
+            raise
         except (AttributeError, IndexError, RuntimeError, TypeError, ValueError):
             return False
         alone = [self.base(input_ids=row, use_cache=False).last_hidden_state[0, -1] for row in rows]

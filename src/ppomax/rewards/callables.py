@@ -74,7 +74,7 @@ def judged(
 
 def try_judge(judge: RewardFunction, prompts: Sequence[Prompt], *, name: str) -> None:
     """Call a judge once, on two answers, before minutes are spent on sampling what it is to judge."""
-    judged(judge, [*prompts[:2], *prompts[:2]][:2], TRIED, name=name, ids=[[0], [0, 0]])
+    judged(judge, [prompts[0], prompts[-1]], TRIED, name=name, ids=[[0], [0, 0]])
 
 
 def _called(

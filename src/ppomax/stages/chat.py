@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -110,7 +111,9 @@ def _typed(console: Console) -> Iterator[str]:
     while True:
         try:
             yield input("you > ")  # not rich's prompt: readline would draw over what it does not know
-        except (EOFError, KeyboardInterrupt):
+        except (EOFError, KeyboardInterrupt) as end:
+            if end.args == (signal.SIGTERM,):
+                raise
             console.print("\nGoodbye.", style="dim")
             return
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Mapping
@@ -79,7 +80,9 @@ def _row(path: Path) -> dict[str, Any] | None:
         if problems and path.stat().st_ino != found.st_ino:
             return None
     except FileNotFoundError:
-        return None
+        if not os.path.lexists(path):
+            return None
+        return {"name": path.name, "size": "?", "age": "?", "problems": [f"{path}: found a link to nothing"]}
     age = _age(time.time() - found.st_mtime)
     return {"name": path.name, "size": size_text(size), "age": age, "problems": problems}
 

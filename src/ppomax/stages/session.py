@@ -75,7 +75,7 @@ class Session:
     best: tuple[float, int] = (-math.inf, -1)
     best_is_known: bool = False
     # Checkpoints that nothing will go on from: damaged ones, and those after the one that this run went on from.
-    superseded: set[str] = field(default_factory=set)
+    abandoned: set[str] = field(default_factory=set)
     saving: Background = field(default_factory=Background)
 
     def finished(self) -> dict[str, Any] | None:
@@ -121,7 +121,7 @@ class Session:
         empty: tensors, sharded as the run has them, that several processes read the checkpoint's into.
         """
         self.frozen, self.data = world.first(lambda: {name: weights_hash(name) for name in frozen}), data
-        path = world.first(self._newest)
+        path, self.abandoned = world.first(self._newest)
         last = -1
         restored = None
         if path is not None:
@@ -142,7 +142,7 @@ class Session:
         for row in world.first(lambda: read_metrics(self.run.metrics)) if self.save.keep_best and last >= 0 else ():
             before = self.best
             self._compare(row)
-            if f"{self.unit}-{row[self.unit]}" in self.superseded:  # its checkpoint is damaged: others may be the best
+            if f"{self.unit}-{row[self.unit]}" in self.abandoned:  # its checkpoint is damaged: others may be the best
                 self.best = before
         self.meet("start")
         return restored
@@ -155,8 +155,8 @@ class Session:
         """The run's progress bar."""
         return progress(self.run.verb, total, done=done, unit=unit, quiet=not world.is_first())
 
-    def _newest(self) -> Path | None:
-        """The newest intact checkpoint up to which the log is whole; what is passed over is said."""
+    def _newest(self) -> tuple[Path | None, set[str]]:
+        """The newest intact checkpoint up to which the log is whole, and `abandoned`; what is passed over is said."""
         rows = unbroken_rows(self.run.metrics)
         beyond = [p.name for p in checkpoints(self.run.checkpoints) if checkpoint_number(p) >= rows]
         path, problems = latest_checkpoint(self.run.checkpoints, at_most=rows - 1)
@@ -165,11 +165,13 @@ class Session:
         self._say_damaged(problems)
         if path is not None:
             number = checkpoint_number(path)
-            self.superseded = {p.name for p in checkpoints(path.parent) if checkpoint_number(p) > number}
-            while (best := self._best([])) and (problems := verify_checkpoint(path.parent / best[0])):
+            abandoned = {p.name for p in checkpoints(path.parent) if checkpoint_number(p) > number}
+            while (best := self._best([], abandoned)) and best != [path.name]:
+                if not (problems := verify_checkpoint(path.parent / best[0])):
+                    break
                 self._say_damaged(problems)
-                self.superseded.update(best)
-            return path
+                abandoned.update(best)
+            return path, abandoned
         cause = ""
         if beyond:
             cause = "the log ends before any intact checkpoint; restore it or"
@@ -179,7 +181,7 @@ class Session:
             cause = f"no checkpoint is left of a run with {rows} rows in its log; restore them or"
         if cause:
             raise SetupError(f"{self.run.checkpoints}: {cause} start over with --fresh")
-        return None
+        return None, set()
 
     def _say_damaged(self, problems: Sequence[str]) -> None:
         for problem in problems:
@@ -215,12 +217,12 @@ class Session:
         self.saving.settle()
         if world.is_first():
             self._sync_rows()
-            self.superseded.discard(name)
-            spare = self._best([name])
+            self.abandoned.discard(name)
+            spare = self._best([name], self.abandoned)
         in_background = self.save.background and not (stop or last)
         save = partial(
             save_checkpoint, self.run.checkpoints, name, copied(tensors) if in_background else tensors, values,
-            keep=self.save.keep, spare=spare, superseded=set(self.superseded),
+            keep=self.save.keep, spare=spare, superseded=set(self.abandoned),
         )  # fmt: skip
         if in_background:
             self.saving.start(save)
@@ -240,12 +242,12 @@ class Session:
         with disk_errors(self.run.path):
             sync_folder(self.run.path)
 
-    def _best(self, new: Sequence[str]) -> list[str]:
-        """The checkpoint with the best `save.keep_best`, among those on the disk and the new one."""
+    def _best(self, new: Sequence[str], abandoned: Collection[str]) -> list[str]:
+        """The checkpoint with the best `save.keep_best`, of those on the disk and the new one, less the abandoned."""
         if self.save.keep_best is None:
             return []
         rows = {row[self.unit]: self._goodness(row) for row in read_metrics(self.run.metrics)}
-        names = {*new, *(path.name for path in checkpoints(self.run.checkpoints))} - self.superseded
+        names = {*new, *(path.name for path in checkpoints(self.run.checkpoints))} - {*abandoned}
         judged = [(good, name) for name in names if (good := rows.get(checkpoint_number(Path(name)))) is not None]
         return [max(judged)[1]] if judged else []
 

@@ -38,11 +38,11 @@ def asking_to_stop(stop: Stop, *, say: Callable[[], None], grace: float | None, 
     over, own = threading.Event(), os.getpid()
 
     def ask(number: int, frame: FrameType | None) -> None:
-        if os.getpid() != own:  # a fork of a reward hears its terminal's Ctrl-C too; what it does is still asked for
-            return
         if stop.by:
             raise KeyboardInterrupt
         stop.by = signal.Signals(number)
+        if os.getpid() != own:  # a fork of a reward hears its terminal's Ctrl-C too; what it does is still asked for
+            return
         if number == signal.SIGTERM and grace is not None:
             threading.Thread(target=_end_of_grace, args=(grace, over), daemon=True).start()
         say()
@@ -92,24 +92,24 @@ def _end_of_grace(seconds: float, over: threading.Event) -> None:
 # A pool of processes ends its forks by SIGTERM and waits for them: each has to end, at whatever moment it comes.
 
 
-def _ours() -> bool:
-    return getattr(signal.getsignal(signal.SIGTERM), "__module__", "") == __name__
+# What this thread's fork blocked before: None where the handler is not ours.
+_forking = threading.local()
 
 
 def _before_fork() -> None:
-    if _ours():
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    ours = getattr(signal.getsignal(signal.SIGTERM), "__module__", "") == __name__
+    _forking.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM}) if ours else None
 
 
 def _after_fork_in_parent() -> None:
-    if _ours():
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+    if _forking.mask is not None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
 
 
 def _after_fork_in_child() -> None:
-    if _ours():
+    if _forking.mask is not None:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        signal.pthread_sigmask(signal.SIG_SETMASK, _forking.mask)
 
 
 os.register_at_fork(
