@@ -174,6 +174,8 @@ class Policy(Player):
         super().__init__(model, train_layers=train_layers, trained=trained, checkpointing=checkpointing, lora=lora)
         if not head_is_linear(model, self.base):
             raise SetupError(f"{type(model).__name__} changes its logits after the unembedding; this is not supported")
+        # Whether the native sampler can go on from what it has read.
+        self.samples_natively = self._goes_on()
 
     def forward(
         self, batch: TokenBatch, *, mask_BT: Tensor | None = None, temperature: float = 1.0, statistics: bool = False,
@@ -234,14 +236,9 @@ class Policy(Player):
         )  # fmt: skip
         return out.last_hidden_state[:, -1]
 
-    @cached_property
-    def samples_natively(self) -> bool:
-        """Whether the native sampler can go on from what it has read, tried once: whether a token after prompts of
-        unequal lengths has the state that its row alone gives it."""
-        with torch.no_grad():
-            return self._goes_on()
-
+    @torch.no_grad()
     def _goes_on(self) -> bool:
+        """Whether a token after prompts of unequal lengths has the state that its row alone gives it: a trial."""
         rows = [torch.tensor([row], device=self.device) for row in ([1, 2, 3, 4], [5, 6])]
         padded = torch.tensor([[1, 2, 3, 4], [5, 5, 5, 6]], device=self.device)
         at = torch.tensor([[0, 1, 2, 3], [-2, -1, 0, 1]], device=self.device)
