@@ -24,6 +24,7 @@ from stages.toy import (
 
 from ppomax.cli import main
 from ppomax.config import CriticConfig, ModelConfig, PPOConfig, QuickstartConfig, SaveConfig
+from ppomax.engine.background import copied
 from ppomax.monitor.log import read_metrics
 from ppomax.stages.ppo import ppo
 from ppomax.stages.quickstart import quickstart
@@ -142,3 +143,8 @@ def test_memory_of_the_gpu_that_runs_out_is_named(
     said = " ".join(capsys.readouterr().err.split())
     assert "error: out of memory in train, a microbatch of 64 × 4" in said
     assert "Lower --compute.tokens-per-microbatch, --compute.train-layers, or free some memory" in said
+
+
+def test_copies_for_a_save_in_the_background_are_in_the_hosts_memory() -> None:
+    copies = copied({"weight": torch.ones(3, device="cuda")})
+    assert copies["weight"].device.type == "cpu" and copies["weight"].tolist() == [1, 1, 1]

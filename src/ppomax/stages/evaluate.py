@@ -35,7 +35,15 @@ from ppomax.rewards.model import RewardModel
 from ppomax.rl.kl import k1
 from ppomax.rl.masked import masked_sum
 from ppomax.rollout.collect import collect, response_texts
-from ppomax.stages.inputs import compute_of, context_limit, expect_native, fitted_prompts, required, sampling_of
+from ppomax.stages.inputs import (
+    compute_of,
+    context_limit,
+    expect_native,
+    fitted_prompts,
+    one_of_each_roles,
+    required,
+    sampling_of,
+)
 from ppomax.stages.players import load_reward_model
 from ppomax.stages.reward_report import write_samples
 from ppomax.stages.session import opened_run
@@ -116,8 +124,8 @@ def _evaluate(run: Run, config: EvaluateConfig) -> dict[str, Any]:
         model = load_reward_model(config.reward, tokenizer, compute, config.compute, by_text=by_text)
         if model.reads_ids:
             context_limit(model.scalar.model, longest, "reward model: longest prompt + response")
-        else:  # whether its chat template takes the prompts, one of each sequence of roles
-            tried = list({tuple(m["role"] for m in p.messages): p.messages for p in prompts}.values())
+        else:  # whether its chat template takes the prompts
+            tried = [prompt.messages for prompt in one_of_each_roles(prompts)]
             model.score_text(tried, TRIED[:1] * len(tried))
     # One more than n, so that the sample that a best of n is compared with is not among its candidates.
     most = max((config.samples_per_prompt, *(n + 1 for n in config.best_of)))

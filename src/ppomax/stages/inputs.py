@@ -248,6 +248,11 @@ def expect_same_weights(role: str, name: str, saved: str) -> None:
         raise SetupError(f"{role} {name}: its weights changed since the run began; restore them or start with --fresh")
 
 
+def one_of_each_roles(prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The first prompt of each sequence of roles: chat templates go by the roles, so these tell what one refuses."""
+    return [*{tuple(m["role"] for m in prompt.messages): prompt for prompt in reversed(prompts)}.values()]
+
+
 def context_limit(model: Any, needed: int, what: str) -> None:
     """Refuse sequences longer than the model's positions."""
     longest = context_length(model)

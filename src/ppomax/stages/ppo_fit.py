@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from ppomax.data.chat import render_prompt
 from ppomax.models.players import Player
 from ppomax.rewards.model import RewardModel
-from ppomax.stages.inputs import Tokens, context_limit
+from ppomax.stages.inputs import Tokens, context_limit, one_of_each_roles
 from ppomax.stages.players import Players
 from ppomax.types import Prompt, SetupError
 
@@ -41,13 +41,12 @@ def _expect_rows(player: Player, sequences: Iterable[Sequence[int]], what: str) 
 
 
 def expect_readable(players: Players, prompts: Sequence[Prompt]) -> None:
-    """Refuse prompts that the chat template of a reward model that reads text does; templates go by the roles, so that
-    one prompt of each sequence of roles is tried."""
-    by_roles = {tuple(m["role"] for m in prompt.messages): prompt for prompt in reversed(prompts)}
+    """Refuse prompts that the chat template of a reward model that reads text does."""
+    tried = one_of_each_roles(prompts)
     for term in players.terms:
         if not isinstance(term.reward, RewardModel) or term.reward.reads_ids:
             continue
-        for prompt in by_roles.values():
+        for prompt in tried:
             try:
                 render_prompt(term.reward.tokenizer, prompt.messages)
             except SetupError as error:
