@@ -16,12 +16,21 @@ ANSWER = "Tomatoes love a sunny garden, and gardens love tomatoes."
     ("text", "words", "expected"),
     [
         ("It is a lovely day, a very good day.", 4, "It is a lovely day, a very good day, and a very good day."),
-        ("A nice day!", 4, "A nice day, and day."),
+        ("A nice day!", 4, "A nice day, and nice day."),
         ("Yes", 3, "Yes, and Yes."),
     ],
 )
 def test_looped(text: str, words: int, expected: str) -> None:
     assert looped(text, words) == expected
+
+
+def test_a_looped_answer_costs_what_the_judge_takes_off_whatever_it_is_said_of() -> None:
+    text = "Tomatoes are a lovely hobby."
+    of_another = looped(text, 4, "lantern")
+    assert of_another == "Tomatoes are a lovely hobby, and a lantern are a lovely hobby."
+    prompt = [{"role": "user", "content": PROMPT}]
+    before, same, other = gold([prompt] * 3, [text, looped(text, 4), of_another])
+    assert max(same, other) < before - 0.3
 
 
 @pytest.mark.parametrize(
@@ -55,6 +64,8 @@ def test_one_prompt_in_so_many_is_given_a_spoilt_answer() -> None:
     both = spoilt(prompts, answers, loop_every=2, stray_every=3)
     assert [number for number, _ in both] == [0, 0, 2, 3, 4, 6, 6, 8]
     assert both[1][1] == strayed(answers[0], prompts[0], prompts[OTHER_PROMPT])
-    assert both[2][1] == looped(answers[2], 4)  # the second one: a word more than the first
+    assert both[0][1] == looped(answers[0], 3)
+    assert both[2][1] == looped(answers[2], 3, "red")  # every other one is said of a word of another prompt
+    assert both[5][1] == looped(answers[6], 4, "white")  # and a word more every other time
     assert spoilt(prompts, answers, loop_every=None, stray_every=None) == []
     assert spoilt(["Why?"], [""], loop_every=1, stray_every=1) == []

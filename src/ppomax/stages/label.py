@@ -31,7 +31,8 @@ def label(
     """Write `out`: all pairs of answers to a prompt whose judge scores differ by more than `tie`. Returns counts.
 
     loop_every, stray_every: for one prompt in so many, the best answer made worse is one more answer: with its last
-    words said again, and with another prompt's words in the place of its own prompt's (stages/spoilt.py).
+    words said again (every other time of something else), and with another prompt's words in the place of its own
+    prompt's (stages/spoilt.py).
     """
     if out.suffix != ".jsonl":
         raise SetupError(f"{out}: found the ending {out.suffix!r}, expected .jsonl: pairs are written as JSON lines")

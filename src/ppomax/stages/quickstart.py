@@ -39,9 +39,9 @@ DATA = files("ppomax.data") / "quickstart"
 SAMPLING = SamplingConfig(max_new_tokens=40, temperature=0.75, top_p=None, repetition_penalty=None, max_rows=512)
 TIE = 0.05
 SAMPLES = 6
-# Answers made worse, so that the reward model sees what PPO would find otherwise: loops of kind words, for every other
-# prompt, and kind words about something else, for every prompt.
-LOOP_EVERY, STRAY_EVERY = 2, 1
+# Answers made worse, so that the reward model sees what PPO would find otherwise: loops of kind words, and kind words
+# about something else, each for every prompt.
+LOOP_EVERY, STRAY_EVERY = 1, 1
 # The first judge counts wins; the last one labels the pairs and is logged.
 JUDGES = ("ppomax.rewards.judge:sentiment", "ppomax.rewards.judge:gold")
 # tiny writes random letters, which have no sentiment that could be learnt.

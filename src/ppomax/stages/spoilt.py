@@ -22,20 +22,23 @@ def spoilt(
     """(number of its prompt, text) of every answer that is made: looped for one prompt in so many, strayed likewise."""
     made = []
     for number, text in enumerate(answers):
+        other = prompts[(number + OTHER_PROMPT) % len(prompts)]
         if loop_every and number % loop_every == 0 and text:
-            made.append((number, looped(text, 3 + number // loop_every % 6)))
+            turn = number // loop_every
+            subject = next((word.lower() for word in _WORD.findall(other) if content_stems(word)), None)
+            made.append((number, looped(text, 3 + turn // 2 % 6, subject if turn % 2 else None)))
         if stray_every and number % stray_every == 0:
-            away = strayed(text, prompts[number], prompts[(number + OTHER_PROMPT) % len(prompts)])
+            away = strayed(text, prompts[number], other)
             if away != text:
                 made.append((number, away))
     return made
 
 
-def looped(text: str, words: int) -> str:
-    """The text, and its last `words` words again (at most half of it)."""
+def looped(text: str, words: int, subject: str | None = None) -> str:
+    """The text, and its last `words` words again (all but its first one at most): of a `subject`, if one is given."""
     said = text.rstrip(" .!?").split()
-    tail = said[-min(words, max(len(said) // 2, 1)) :]
-    return f"{' '.join(said)}, and {' '.join(tail)}."
+    tail = said[-min(words, max(len(said) - 1, 1)) :]
+    return f"{' '.join(said)}, and {f'a {subject} ' if subject else ''}{' '.join(tail)}."
 
 
 def strayed(text: str, prompt: str, other: str) -> str:
