@@ -186,7 +186,7 @@ def _ppo_pictures(run: RunFiles) -> list[Picture]:
 
 
 def _outcome_pictures(rows: Rows, x: Sequence[float], chart: Callable[..., str]) -> list[Picture]:
-    score = Line("score, mean and one standard deviation", series(rows, "score_mean"), series(rows, "score_std"))
+    score = Line("mean ± standard deviation", series(rows, "score_mean"), series(rows, "score_std"))
     gold = [("gold score", series(rows, "gold_mean")), ("score", series(rows, "score_mean"))]
     has_gold = any(math.isfinite(value) for value in series(rows, "gold_mean"))
     kl = series(rows, "kl_per_sequence")
