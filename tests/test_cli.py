@@ -208,6 +208,43 @@ def test_none_turns_a_setting_off_in_flags_and_null_in_files(here: Path) -> None
     assert (config.score.clip, config.critic.value_clip) == (None, None)
 
 
+def test_none_and_off_in_a_file_are_off_where_that_is_possible(here: Path) -> None:
+    Path("c.yaml").write_text("reference: None\nscore: {clip: None}\ncompute: {train_layers: off}\n")
+    config = parse("ppo", ["--config", "c.yaml"]).config
+    assert (config.reference, config.score.clip, config.compute.train_layers) == (None, None, None)
+
+
+def test_a_key_that_a_file_has_twice_is_an_error_with_its_line(here: Path) -> None:
+    Path("c.yaml").write_text("optim: {lr: 1e-4}\nseed: 1\noptim: {warmup: 0.2}\n")
+    with pytest.raises(SetupError, match="(?s)c.yaml: not valid YAML: .*found the key 'optim' twice.*line 3, column 1"):
+        parse("ppo", ["--config", "c.yaml"])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--prompts", "a", "--prompts=b"],
+        ["--config", "a", "--config", "b"],
+        ["--sampling.stop", "a", "--sampling.stop", "b"],
+    ],
+)
+def test_a_list_that_is_given_twice_is_an_error(words: list[str], here: Path) -> None:
+    with pytest.raises(SetupError, match=f"{words[0]}: found it twice, of which only the last would count"):
+        parse("ppo", words)
+    assert parse("ppo", ["--seed", "1", "--seed", "2"]).config.seed == 2  # a script may lay its own over another's
+
+
+def test_what_another_process_alone_has_met_reaches_the_launcher(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(here / "error.json"))
+    assert main(["report", "nowhere"]) == 2
+    assert capsys.readouterr().err == ""
+    said = json.loads((here / "error.json").read_text())["message"]
+    assert "nowhere" in said["message"] and said["extraInfo"]["py_callstack"] == said["message"]
+
+
 def test_resume_and_fresh_reach_the_stage() -> None:
     assert parse("sft", ["--resume"]).options == {"resume": True, "fresh": False}
     assert parse("sft", ["--fresh"]).options == {"resume": False, "fresh": True}

@@ -230,6 +230,20 @@ def test_a_restored_state_is_a_copy_and_replaces_everything() -> None:
     assert bits(stepped) == kept
 
 
+def test_a_checkpoint_is_read_into_the_masters_and_its_moments_are_kept() -> None:
+    params = parameters(torch.bfloat16)
+    optimiser = optimiser_of(params)
+    empty = optimiser.empty_state()
+    assert all(empty[f"master.{n}"].data_ptr() == master.data_ptr() for n, master in optimiser.masters.items())
+    moments = {name: torch.full_like(tensor, 0.5) for name, tensor in empty.items() if "exp_avg" in name}
+    steps = {f"step.{name}": torch.tensor(3.0) for name in optimiser.masters}
+    for master in optimiser.masters.values():
+        master.data.fill_(2.0)
+    optimiser.load_state_tensors({**empty, **moments, **steps}, adopt=True)
+    assert all(bool((p == 2.0).all()) for p in params.values())
+    assert all(optimiser.state_tensors()[name].data_ptr() == tensor.data_ptr() for name, tensor in moments.items())
+
+
 def test_size_of_the_state_is_known_before_the_first_step() -> None:
     params = parameters(torch.bfloat16)
     optimiser = optimiser_of(params)

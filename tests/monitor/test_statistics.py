@@ -97,3 +97,5 @@ def test_histogram_counts_every_finite_value() -> None:
     }
     assert sum(histogram([3, 3, 3])["counts"]) == 3
     assert sum(histogram([])["counts"]) == 0
+    assert sum(histogram([-1e30] * 8)["counts"]) == 8  # bins that float64 could not tell apart
+    assert histogram([5, 5], bins=2) == {"edges": [4.5, 5.0, 5.5], "counts": [0.0, 2.0]}

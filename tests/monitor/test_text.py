@@ -39,6 +39,14 @@ def test_long_prose_of_any_script_is_no_loop() -> None:
     assert is_degenerate(" ".join(sentences[:1] * 4))
 
 
+def test_letters_that_recur_in_a_script_without_spaces_are_no_loop() -> None:
+    thai = ("ประเทศไทยตั้งอยู่ในเอเชียตะวันออกเฉียงใต้ มีกรุงเทพมหานครเป็นเมืองหลวงและเมืองที่ใหญ่ที่สุดของประเทศ "
+            "ประชากรส่วนใหญ่นับถือศาสนาพุทธ และมีภาษาไทยเป็นภาษาราชการของประเทศ อาหารไทยเป็นที่นิยมในหลายประเทศทั่วโลก "
+            "นักท่องเที่ยวจำนวนมากเดินทางมาเที่ยวทะเลและภูเขาในประเทศไทยทุกปี")  # fmt: skip
+    assert looped_share(thai) < 0.4 and not is_degenerate(thai)
+    assert looped_share("ฉันชอบกินข้าวผัด" * 5) == 1.0 and looped_share("我今天很高兴见到你" * 4) == 1.0
+
+
 def test_a_topic_in_another_script_is_a_word_and_not_two_letters() -> None:
     prompts = ["Сколько стоит билет до Москвы?"] * 2
     assert on_topic_share(prompts, ["Билеты дешевле утром.", "Возьмите свёклу, капусту и мясо."]).share == 0.5

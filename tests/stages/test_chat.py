@@ -101,6 +101,11 @@ def test_one_message_is_answered_and_nothing_else_is_printed(capsys: pytest.Capt
         chat(TINY.model_copy(update={"message": " "}))
 
 
+def test_a_message_that_is_not_utf8_is_refused(speaker: Speaker) -> None:
+    with pytest.raises(DataError, match="the message: found bytes that are not UTF-8"):
+        reply(speaker, b"caf\xe9".decode(errors="surrogateescape"), SAMPLING, 0, turn=0)
+
+
 def test_stdin_is_a_dialogue_of_one_message_a_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, speaker: Speaker
 ) -> None:

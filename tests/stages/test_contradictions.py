@@ -64,6 +64,9 @@ CONTRADICTIONS: dict[str, dict[str, Any]] = {
     "score.by_source: found True without": {"score": ScoreConfig(by_source=True, normalise=False)},
     "kl.target: found a target without": {"kl": KLConfig(coefficient=None, target=1.0)},
     "kl.estimator: found k1 in the loss": {"kl": KLConfig(place="loss")},
+    "objective.penalty_target: found 0.1 with objective.denominator reference": {
+        "objective": ObjectiveConfig(kind="penalty", penalty_target=0.1, denominator="reference"),
+    },
     "objective.penalty_target: found 0.1 with": {"objective": ObjectiveConfig(penalty_target=0.1)},
     "objective.dual_clip: found": {"objective": ObjectiveConfig(kind="surrogate", dual_clip=2.0)},
     "objective.entropy_clip: found": {"objective": ObjectiveConfig(entropy_clip=2.0)},

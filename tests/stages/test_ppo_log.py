@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from ppomax.config import CriticConfig, OptimConfig, PPOConfig, SamplingConfig
 from ppomax.config.ppo import ObjectiveConfig
+from ppomax.stages.buffer import joined
 from ppomax.stages.ppo import ppo
-from ppomax.stages.ppo_log import sampler_gap
+from ppomax.stages.ppo_log import importance, sampler_gap
 from ppomax.stages.ppo_setup import Job
 from ppomax.stages.update import update
 from stages.conftest import Toys, Trained
@@ -188,13 +190,11 @@ def test_importance_weights_are_logged_where_they_are_used(trained: Trained, toy
     capped = ObjectiveConfig(importance_cap=1.5)
     job = prepared(ppo_config(tmp_path / "run", trained.sft, toys.prompts, objective=capped))
     it = first_iteration(job)
-    assert row_of(job, it)["importance_weight"] == pytest.approx(1.0, abs=1e-4)
-    assert row_of(job, it)["importance_capped_share"] == 0
-    weights_BR = it.experience.weights_BR
-    assert weights_BR is not None
-    weights_BR[:4] = torch.where(it.scored.rollout.mask_BR[:4], 1.5, 0.0)
-    tokens = it.scored.rollout.length_B
-    share = float(tokens[:4].sum() / tokens.sum())
-    row = row_of(job, it)
-    assert row["importance_capped_share"] == pytest.approx(share)
-    assert row["importance_weight"] == pytest.approx(1 + 0.5 * share, abs=1e-4)
+    fresh = importance(it.experience, job.config)
+    assert fresh == {"importance_weight": pytest.approx(1.0, abs=1e-4), "importance_capped_share": 0}
+    stale_BR = torch.where(it.scored.rollout.mask_BR, 1.5, 0.0)
+    learnt, _ = joined([(it.experience, []), (replace(it.experience, weights_BR=stale_BR), [])])
+    row = importance(learnt, job.config)
+    assert row["importance_capped_share"] == pytest.approx(0.5)
+    assert row["importance_weight"] == pytest.approx(1.25, abs=1e-4)
+    assert importance(it.experience, job.config.model_copy(update={"objective": ObjectiveConfig()})) == {}

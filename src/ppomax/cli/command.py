@@ -6,9 +6,12 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib import import_module
+from pathlib import Path
 
 from ppomax import __version__
 from ppomax.cli.memory import memory_message, out_of_memory
@@ -58,15 +61,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         if explained is None:
             raise
         code, message = explained
-        # Several processes fail alike, and one on each machine says so; memory, and who is missed, is each one's own.
+        # Several processes mostly fail alike, and one on each machine says so; memory, and who is missed, is each one's
+        # own. What another one alone has met is in what the launcher prints at the end.
         own = isinstance(error, ProcessLost) or out_of_memory(error)
         if os.environ.get("LOCAL_RANK", "0") == "0" or own:
             show = show_stopped if isinstance(error, KeyboardInterrupt | Interrupted) else show_error
             show(message)
+        else:
+            _tell_launcher(message)
         if os.environ.get("PPOMAX_DEBUG") == "1":
             traceback.print_exception(error)
         return code
     return 0
+
+
+def _tell_launcher(message: str) -> None:
+    """torchrun shows at its end what the process that failed first wrote to this file."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        info = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        with suppress(OSError):
+            Path(file).write_text(json.dumps({"message": {"message": message, "extraInfo": info}}), encoding="utf-8")
 
 
 def _run(words: list[str]) -> None:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
@@ -101,6 +101,7 @@ def parse(name: str, words: Sequence[str]) -> Invocation:
     """The invocation of verb `name`; words that are not understood, and --help, end in SystemExit."""
     verb = VERBS[name]
     words = _with_flags(verb, _with_negative_names(words))
+    _refuse_repeated(verb, words)
     recipe, base = _below_flags(verb, words)
     defaults: dict[str, Any] = {"config": None, "recipe": recipe, "resume": False, "fresh": False, "json": False}
     form = _form(verb)
@@ -140,6 +141,30 @@ def _with_negative_names(words: Sequence[str]) -> list[str]:
         else:
             joined.append(word)
     return joined
+
+
+def _refuse_repeated(verb: Verb, words: Sequence[str]) -> None:
+    """A list that is given twice: only the last would count."""
+    seen: set[str] = set()
+    for word in words:
+        flag = word.partition("=")[0].replace("_", "-")
+        if flag in seen and (flag == "--config" or _takes_several(verb.schema, flag.removeprefix("--").split("."))):
+            raise SetupError(
+                f"{flag}: found it twice, of which only the last would count; expected it once"
+                + ("" if flag == "--config" else f", with all values after it: {flag} A B")
+            )
+        if word.startswith("--"):
+            seen.add(flag)
+
+
+def _takes_several(schema: type[Schema], path: Sequence[str]) -> bool:
+    field = schema.model_fields.get(path[0].replace("-", "_"))
+    if field is None:
+        return False
+    kind = field.annotation
+    if len(path) > 1:
+        return isinstance(kind, type) and issubclass(kind, Schema) and _takes_several(kind, path[1:])
+    return tuple in (get_origin(kind), *map(get_origin, get_args(kind)))
 
 
 def _below_flags(verb: Verb, words: Sequence[str]) -> tuple[str | None, Schema]:

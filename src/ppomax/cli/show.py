@@ -252,8 +252,13 @@ def _columns(*headers: str) -> Table:
     return table
 
 
+class _PipedConsole(Console):
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError  # `main` knows what it means; rich would end with a failure
+
+
 def _stdout() -> Console:
-    return Console(highlight=False)
+    return _PipedConsole(highlight=False)
 
 
 def _stderr() -> Console:

@@ -15,6 +15,19 @@ from ppomax.errors import SetupError
 C = TypeVar("C", bound=Schema)
 
 
+class _Once(yaml.SafeLoader):
+    """YAML in which a key that is given twice is an error: of two `optim:` groups the first would count for nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[tuple[str, str]] = set()
+        for key, _ in node.value:
+            if (key.tag, str(key.value)) in seen:
+                problem = f"found the key '{key.value}' twice, expected it once"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+            seen.add((key.tag, str(key.value)))
+        return super().construct_mapping(node, deep)
+
+
 def overlay(base: C, values: dict[str, Any], *, origin: str) -> C:
     """`base` with nested `values` laid over it; an unknown key is an error that names the nearest known one.
 
@@ -31,7 +44,7 @@ def overlay(base: C, values: dict[str, Any], *, origin: str) -> C:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Once)
     except OSError as error:
         raise SetupError(f"{path}: cannot be read ({error.strerror}), expected a YAML file of settings") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:

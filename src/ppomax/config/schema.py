@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
@@ -23,6 +23,8 @@ class Schema(BaseModel):
     def _as_written(cls, value: Any, info: ValidationInfo) -> Any:
         field = cls.model_fields[info.field_name or ""]
         annotation = field.annotation
+        if type(None) in get_args(annotation) and _says_off(value, annotation):
+            return None
         if isinstance(field.default, Schema) and isinstance(value, Schema | dict):
             return laid_over(field.default, value)
         if isinstance(value, str) and get_origin(annotation) is tuple:
@@ -43,6 +45,11 @@ def laid_over(default: Schema, given: Schema | dict[str, Any]) -> dict[str, Any]
             value = laid_over(below, value)
         values[name] = value
     return values
+
+
+def _says_off(value: Any, annotation: Any) -> bool:
+    """`None`, as flags and messages write it and YAML does not, and YAML's `off` where a number or a name may stand."""
+    return value == "None" or (value is False and bool not in get_args(annotation))
 
 
 def _at_home(value: Any) -> Any:
@@ -113,7 +120,9 @@ class ModelConfig(Schema):
         default=30, gt=0, description="With several processes: how long one waits for another before it gives up."
     )
     chat_template: str | None = Field(
-        default=None, description="chatml, role-tags, or a Jinja file, for a tokenizer without a template of its own."
+        default=None,
+        description="chatml, role-tags, or a Jinja file. What trains takes it instead of the tokenizer's own "
+        "template; chat and evaluate, where there is none.",
     )
 
 

@@ -189,7 +189,7 @@ def dry_run(folder: Path, bytes_needed: int, *, copies: int = 2, freed: int = 0)
     finally:
         if probe is not None:
             shutil.rmtree(probe, ignore_errors=True)
-    free = free_bytes(folder) + freed
+    free = first(lambda: free_bytes(folder)) + freed  # one answer, while other jobs write to the same disk
     if free < copies * bytes_needed:
         raise SetupError(
             f"{folder}: found {size_text(free)} free, expected {room} ({copies} checkpoints of "

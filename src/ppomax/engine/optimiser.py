@@ -132,23 +132,27 @@ class Optimiser:
         return tensors
 
     def empty_state(self) -> dict[str, Tensor]:
-        """Tensors like those of `state_tensors` once the moments exist, for a checkpoint to be read into."""
+        """Tensors like those of `state_tensors` once the moments exist, for a checkpoint to be read into: the masters
+        themselves, so that no second set of them has to fit."""
         empty: dict[str, Tensor] = {}
         for name, master in self.masters.items():
-            empty[f"master.{name}"] = torch.empty_like(master.detach())
+            empty[f"master.{name}"] = master.detach()
             empty |= {f"{key}.{name}": torch.empty_like(master.detach()) for key in ("exp_avg", "exp_avg_sq")}
         return empty
 
     @torch.no_grad()
-    def load_state_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Put back what `state_tensors` gave; the model's weights follow the masters."""
+    def load_state_tensors(self, tensors: Mapping[str, Tensor], *, adopt: bool = False) -> None:
+        """Put back what `state_tensors` gave; the model's weights follow the masters.
+
+        adopt: the moments may be kept as they are, because nobody else goes on using them.
+        """
         for name, master in self.masters.items():
             master.copy_(tensors[f"master.{name}"])
             moments = {key: f"{key}.{name}" for key in ("step", "exp_avg", "exp_avg_sq")}
             self.adamw.state.pop(master, None)
             if moments["exp_avg"] in tensors:
                 self.adamw.state[master] = {
-                    key: tensors[full].to(master.device, copy=True) for key, full in moments.items()
+                    key: tensors[full].to(master.device, copy=not adopt) for key, full in moments.items()
                 }
         self._follow()
 

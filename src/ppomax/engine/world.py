@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, TypeVar
 
 import torch
@@ -66,6 +67,11 @@ def joined(*, minutes: float, device: str = "auto") -> Iterator[None]:
             raise SetupError(
                 f"{here} processes on this machine: found {gpus} GPUs, expected one for each; start fewer, or compute "
                 "on the processor (--compute.device cpu)"
+            )
+        if torch.device("cuda" if device == "auto" else device).index is not None:
+            raise SetupError(
+                f"compute.device: found {device} with {started()} processes, each of which has a GPU of its own; "
+                "expected auto, cuda or cpu"
             )
         torch.cuda.set_device(local)
     backend = "cpu:gloo,cuda:nccl" if on_gpus else "gloo"
@@ -145,7 +151,8 @@ def first(work: Callable[[], T]) -> T:
 def _sendable(error: Exception) -> Exception:
     """The error, or what it says where it cannot go to another process (one that holds an open file, say)."""
     try:
-        copy.deepcopy(error)  # takes it apart and puts it together as sending it does
+        copy.deepcopy(error)  # takes it apart and puts it together as sending it does,
+        ForkingPickler.dumps(error)  # which also looks for its class by name
     except Exception:
         return RuntimeError(f"{type(error).__name__}: {first_line(error)}")
     return error

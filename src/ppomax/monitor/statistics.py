@@ -70,6 +70,10 @@ def histogram(
     finite = finite[np.isfinite(finite)]
     if limits is None:
         limits = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+    low, high = limits
+    least = 4 * bins * float(np.spacing(max(abs(low), abs(high))))  # bins that float64 can tell apart
+    if high - low < least:
+        limits = (low - max(least, 0.5), high + max(least, 0.5))
     counts, edges = np.histogram(np.clip(finite, *limits), bins=bins, range=limits)
     return {"edges": [float(e) for e in edges], "counts": [float(c) for c in counts]}
 

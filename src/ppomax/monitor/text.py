@@ -28,6 +28,8 @@ _TOKEN = re.compile(rf"(?:(?![{_SPACELESS}])[^\W\d_]|[{_SIGNS}'])+|[^\W\d_]")
 _WORD = re.compile(rf"{_TOKEN.pattern}|\d+(?:[.,:/-]\d+)*")
 _RUN = re.compile(rf"(?:(?=[{_SPACELESS}])[^\W\d_])+")
 _LEAST_LETTERS, _STEM = 4, 5
+# Letters of a repeated phrase, in scripts without spaces.
+_LETTERS = 8
 _STEMMER = snowballstemmer.stemmer("english")
 
 _STOP_WORDS = frozenset(
@@ -144,11 +146,20 @@ def is_degenerate(text: str) -> bool:
 
 
 def looped_share(text: str) -> float:
-    """The share of a text's words and numbers that lie in a 3-gram which occurs more than once; 0 for no words."""
+    """The share of a text's words and numbers that lie in a phrase which occurs more than once; 0 for no words.
+
+    A phrase is three of them; where a script has no spaces, eight letters, because three recur in any paragraph.
+    """
     words = _words(text)
-    grams = _ngrams(words, 3)
-    counts = Counter(grams)
-    covered = {i + offset for i, gram in enumerate(grams) if counts[gram] > 1 for offset in range(3)}
+    phrases: dict[tuple[str, ...], list[int]] = {}
+    for at, word in enumerate(words):
+        length = _LETTERS if _RUN.fullmatch(word) else 3
+        if at + length <= len(words):
+            phrases.setdefault(tuple(words[at : at + length]), []).append(at)
+    covered = {
+        place for phrase, places in phrases.items() if len(places) > 1 for at in places
+        for place in range(at, at + len(phrase))
+    }  # fmt: skip
     return len(covered) / max(len(words), 1)
 
 

@@ -60,6 +60,10 @@ def reply(speaker: Speaker, message: str, sampling: SamplingConfig, seed: int, *
 
     The tokens are keyed by (seed, turn) alone, so that two models draw the same uniforms.
     """
+    try:
+        message.encode()
+    except UnicodeEncodeError:  # bytes that the terminal, a pipe or the shell could not read as text
+        raise DataError("the message: found bytes that are not UTF-8, expected text") from None
     turns = [*speaker.history, Message(role="user", content=message)]
     room = (context_length(speaker.policy.model) or sys.maxsize) - sampling.max_new_tokens
     fitted = fit_prompt(speaker.tokenizer, turns, room)
@@ -78,7 +82,7 @@ def reply(speaker: Speaker, message: str, sampling: SamplingConfig, seed: int, *
 
 
 def _speaker(name: str, config: ChatConfig) -> Speaker:
-    tokenizer = load_tokenizer(name, config.compute.chat_template)
+    tokenizer = load_tokenizer(name, otherwise=config.compute.chat_template)
     policy = Policy(load_causal_lm(name, compute_of(config.compute)), train_layers=None, trained=False)
     return Speaker(name, policy, tokenizer, _opening(config.system))
 

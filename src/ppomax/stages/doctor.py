@@ -126,7 +126,7 @@ def _numbers(compute: Compute) -> dict[str, Any]:
     return {
         "device": compute.device.type,
         "dtype": str(compute.dtype).removeprefix("torch."),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        "cores": _cores(),
         "threads": torch.get_num_threads(),
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
         "load": os.getloadavg()[0],
@@ -135,6 +135,12 @@ def _numbers(compute: Compute) -> dict[str, Any]:
         "disk_free": {str(path): free_bytes(path) for path in (cache_directory(), Path.cwd())},
         "smollm2_converted": (cached_model("smollm2-135m") / "config.json").exists(),
     }
+
+
+def _cores() -> int:
+    """Cores that this process may use, two threads of one counted once, as torch does."""
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(allowed, psutil.cpu_count(logical=False) or allowed)
 
 
 def _facts(compute: Compute, numbers: dict[str, Any]) -> dict[str, str]:

@@ -87,8 +87,8 @@ def _evaluate(run: Run, config: EvaluateConfig) -> dict[str, Any]:
         spec if names.count(name) > 1 else name: load_function(spec)
         for name, spec in zip(names, config.judge, strict=True)
     }
-    tokenizer = load_tokenizer(config.policy, config.compute.chat_template)
-    of_baseline = load_tokenizer(config.baseline, config.compute.chat_template)
+    tokenizer = load_tokenizer(config.policy, otherwise=config.compute.chat_template)
+    of_baseline = load_tokenizer(config.baseline, otherwise=config.compute.chat_template)
     if not same_vocabulary(of_baseline, tokenizer):
         raise SetupError(
             f"baseline {config.baseline}: found another vocabulary than that of the policy {config.policy}, expected "

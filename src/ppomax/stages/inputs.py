@@ -228,6 +228,9 @@ def fitted_prompts(tokenizer: Any, specs: Sequence[str], max_tokens: int) -> Pro
         ids.append(tuple(render_prompt(tokenizer, fitted)))
     if not kept:
         raise DataError(f"none of {len(prompts)} prompts fits into {max_tokens} tokens; raise max_prompt_tokens")
+    # A reward that takes a column gets it with every batch, also where none of its rows has it.
+    columns = dict.fromkeys(name for prompt in kept for name in prompt.columns)
+    kept = [replace(prompt, columns={**columns, **prompt.columns}) for prompt in kept]
     dropped = len(prompts) - len(kept)
     fitted = f"{dropped} longer than {max_tokens} tokens dropped, {shortened} lost old turns"
     return PromptRows(kept, ids, report, fitted)
@@ -244,7 +247,10 @@ def weights_hash(name: str) -> str:
 
 def expect_same_weights(role: str, name: str, saved: str) -> None:
     """Refuse to go on with a frozen model that is not the one the run began with."""
-    if weights_hash(name) != saved:
+    found = weights_hash(name)
+    if found == name != saved:  # it was a directory, and here looks like a hub name
+        raise SetupError(f"{role} {name}: no such directory here; give the command in the folder where the run began")
+    if found != saved:
         raise SetupError(f"{role} {name}: its weights changed since the run began; restore them or start with --fresh")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ppomax.config import ModelConfig
 from ppomax.config.plan import PlanConfig, gpus_of, parameters_of
 from ppomax.engine.speed import copy_rate, peak_rate
 from ppomax.models.load import Compute, resolve_compute
@@ -137,7 +138,9 @@ def layouts(config: PlanConfig, roles: Sequence[Role], machine: Machine) -> list
     if compute.train_layers is not None and not 1 <= compute.train_layers <= roles[0].shape.layers:
         layers = roles[0].shape.layers
         raise SetupError(f"compute.train_layers: found {compute.train_layers}, expected 1 to {layers} (the model's)")
-    shards = ("none",) if machine.count == 1 else ("none", "zero2", "zero3") if not config.shard else (config.shard,)
+    # A run's own setting counts as said where it is not the default, which a file of settings cannot be told from.
+    said = config.shard or (config.compute.shard if config.compute.shard != ModelConfig().shard else None)
+    shards = ("none",) if machine.count == 1 else (said,) if said else ("none", "zero2", "zero3")
     for way in ways:
         changed = _with(config, compute=way)
         named = {f"--compute.{key.replace('_', '-')}": value for key, value in way.items()}

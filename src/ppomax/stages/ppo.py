@@ -11,7 +11,7 @@ from ppomax.rewards.callables import RewardFunction, function_name
 from ppomax.rollout.collect import response_texts
 from ppomax.stages.buffer import joined, reread
 from ppomax.stages.estimate import estimate, seen
-from ppomax.stages.ppo_log import metrics_row, note, raise_alarms, sample_rows
+from ppomax.stages.ppo_log import importance, metrics_row, note, raise_alarms, sample_rows
 from ppomax.stages.ppo_setup import prepare, state_of
 from ppomax.stages.scoring import plan_minibatches, score
 from ppomax.stages.session import Session, session
@@ -67,12 +67,14 @@ def train(run: Session, config: PPOConfig, reward: RewardFunction | None) -> dic
             with clock("train"):
                 experience, rewards_BR = estimate(scored, job.seen, config, kl_coefficient=job.steering.kl)
                 again = [(estimate(s, job.seen, config, kl_coefficient=job.steering.kl)[0], p) for s, p in older]
+                learnt, whole_plan = joined([(experience, plan), *again])
                 totals = update(
-                    job.players, job.optimisers, *joined([(experience, plan), *again]), config, iteration=iteration,
-                    ptx=job.ptx, steering=job.steering,
+                    job.players, job.optimisers, learnt, whole_plan, config, iteration=iteration, ptx=job.ptx,
+                    steering=job.steering,
                 )  # fmt: skip
                 job.kept.append(scored)
             row = metrics_row(iteration, config, scored, statistics, experience, rewards_BR, totals, texts, job)
+            row |= importance(learnt, config)
             if config.objective.penalty_target is not None:
                 row["distance_moved"] = distance_moved(job.players, experience, plan, config)
             row = world.of_first(row)  # what is decided from it is decided alike in all processes

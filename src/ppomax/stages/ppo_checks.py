@@ -153,6 +153,9 @@ def _objective_conflicts(config: PPOConfig) -> list[Conflict]:
         *ignored,
         *of_trpo,
         *others,
+        (objective.denominator == "reference" and objective.penalty_target is not None, "objective.penalty_target",
+         f"{objective.penalty_target} with objective.denominator reference: the penalty is on the distance from the "
+         "reference, the target for the distance from the policy that sampled; expected None"),
         (config.buffer > 1 and objective.importance_cap is None, "buffer",
          f"{config.buffer} without objective.importance_cap, whose weights make up for the age of what is learnt again;"
          " give one, e.g. 2"),

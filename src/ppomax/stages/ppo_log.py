@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import resource
+import sys
 from typing import Any
 
 import torch
@@ -69,16 +70,24 @@ def metrics_row(
         row["kl_full_per_sequence"] = float(masked_sum(scored.full_kl_BR, mask) / B)
     if config.objective.kind == "penalty":
         row["penalty"] = job.steering.penalty
-    if experience.weights_BR is not None and config.objective.importance_cap is not None:
-        capped_BR = experience.weights_BR >= config.objective.importance_cap
-        row["importance_weight"] = float(masked_mean(experience.weights_BR, mask))
-        row["importance_capped_share"] = float(masked_mean(capped_BR.float(), mask))
     if config.objective.target_kl is not None:
         row["stopped_early"] = totals.stopped_early
     if job.judge is not None:
         row["gold_mean"] = sum(judged(job.judge, rollout.prompts, texts, name="judge", ids=rollout.responses())) / B
     row |= job.players.clock.row()
     return {**row, "tokens_per_second": row["tokens/generated"] / row["seconds/total"]}
+
+
+def importance(learnt: Experience, config: PPOConfig) -> dict[str, float]:
+    """Mean importance weight of a token, and the share of tokens at the cap, over all that was learnt from: with a
+    buffer the older rollouts too, whose weights they are for."""
+    weights_BR, cap, mask = learnt.weights_BR, config.objective.importance_cap, learnt.rollout.mask_BR
+    if weights_BR is None or cap is None:
+        return {}
+    return {
+        "importance_weight": float(masked_mean(weights_BR, mask)),
+        "importance_capped_share": float(masked_mean((weights_BR >= cap).float(), mask)),
+    }
 
 
 def sampler_gap(behaviour_BR: Tensor, old_BR: Tensor, mask: Tensor) -> dict[str, float]:
@@ -125,4 +134,5 @@ def note(row: dict[str, Any]) -> str:
 def _peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

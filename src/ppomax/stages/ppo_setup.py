@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ppomax.config import PPOConfig
@@ -141,10 +140,10 @@ class Job:
         return replace(scored, values_BR=scored.values_BR * factor, bootstrap_B=scored.bootstrap_B * factor)
 
     def keep_samples(self, run: Session, rows: list[dict[str, Any]]) -> None:
-        """Write the first few responses of every iteration to samples.jsonl."""
+        """Write a few responses of every iteration, of as many prompts as there are, to samples.jsonl."""
         if world.is_first():
             with disk_errors(run.run.samples):
-                append_samples(run.run.samples, rows[:SAMPLES_KEPT])
+                append_samples(run.run.samples, rows[:: max(1, len(rows) // SAMPLES_KEPT)][:SAMPLES_KEPT])
 
     def remaining(self) -> range:
         """The iterations still to do; none if a stop alarm had ended the run before it was interrupted."""
@@ -254,9 +253,9 @@ def _restore(job: Job, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) 
     def of(role: str) -> dict[str, Tensor]:
         return {k.removeprefix(role): t for k, t in tensors.items() if k.startswith(role)}
 
-    job.optimisers.policy.load_state_tensors(of("policy/"))
+    job.optimisers.policy.load_state_tensors(of("policy/"), adopt=world.size() > 1)
     if job.optimisers.critic is not None:
-        job.optimisers.critic.load_state_tensors(of("critic/"))
+        job.optimisers.critic.load_state_tensors(of("critic/"), adopt=world.size() > 1)
     if job.optimisers.average is not None:
         job.optimisers.average.load(of("average/"))
     job.seen, job.steering = History.from_dict(state["seen"]), Steering(**state["steering"])
@@ -295,7 +294,7 @@ def _empty_state(optimisers: Optimisers) -> dict[str, Tensor]:
     if optimisers.critic is not None:
         empty |= {f"critic/{name}": t for name, t in optimisers.critic.empty_state().items()}
     if optimisers.average is not None:
-        empty |= {f"average/{name}": torch.empty_like(t) for name, t in optimisers.average.means.items()}
+        empty |= {f"average/{name}": mean for name, mean in optimisers.average.means.items()}
     return empty
 
 

@@ -91,7 +91,7 @@ def _train(run: Session, config: RewardConfig) -> dict[str, Any]:
     run.describe(data.card)
     start = failures = 0
     if restored is not None:
-        optimiser.load_state_tensors(restored[0])
+        optimiser.load_state_tensors(restored[0], adopt=world.size() > 1)
         start, failures = int(restored[1]["step"]) + 1, restored[1].get("failures", 0)
     # States that are read once are not worth keeping.
     states = _states(model, rows, config.compute.tokens_per_microbatch) if steps > len(first) else None

@@ -81,7 +81,7 @@ def _train(run: Session, config: SFTConfig) -> dict[str, Any]:
     run.describe(data_card(report, parts, fitted=cut, learnt_too=learnt_too))
     start = failures = 0
     if restored is not None:
-        optimiser.load_state_tensors(restored[0])
+        optimiser.load_state_tensors(restored[0], adopt=world.size() > 1)
         start, failures = int(restored[1]["step"]) + 1, restored[1].get("failures", 0)
     budget = config.compute.tokens_per_microbatch
     # States that are read once are not worth keeping.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,8 @@ from types import FrameType
 
 from ppomax.errors import Interrupted
 
+# Seconds in which a second SIGTERM may be the launcher's copy of the first.
+ECHO = 10.0
 # What a stopped run ends with: 130 as shells expect of Ctrl-C; 0 for a scheduler, to which anything else is a failure.
 _EXIT = {signal.SIGINT: 130, signal.SIGTERM: 0}
 
@@ -35,16 +38,22 @@ def asking_to_stop(stop: Stop, *, say: Callable[[], None], grace: float | None, 
 
     say: tells the user that the first was heard. kept: where the work is that a run stopped at once still has.
     """
-    over, own = threading.Event(), os.getpid()
+    over, no_grace, own = threading.Event(), threading.Event(), os.getpid()
+    heard = 0.0
 
     def ask(number: int, frame: FrameType | None) -> None:
+        nonlocal heard
         if stop.by:
+            # A scheduler that signals the whole job reaches the launcher too, which hands the signal on.
+            echo = number == stop.by == signal.SIGTERM and _launched() and time.monotonic() - heard < ECHO
+            if echo and not no_grace.is_set():
+                return
             raise KeyboardInterrupt
-        stop.by = signal.Signals(number)
+        stop.by, heard = signal.Signals(number), time.monotonic()
         if os.getpid() != own:  # a fork of a reward hears its terminal's Ctrl-C too; what it does is still asked for
             return
         if number == signal.SIGTERM and grace is not None:
-            threading.Thread(target=_end_of_grace, args=(grace, over), daemon=True).start()
+            threading.Thread(target=_end_of_grace, args=(grace, over, no_grace), daemon=True).start()
         say()
 
     try:
@@ -84,8 +93,14 @@ def _handling(handler: Callable[[int, FrameType | None], None], *numbers: signal
             signal.signal(number, earlier)
 
 
-def _end_of_grace(seconds: float, over: threading.Event) -> None:
+def _launched() -> bool:
+    """Whether this is one of several processes; engine/world.py knows too, but brings torch along."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def _end_of_grace(seconds: float, over: threading.Event, no_grace: threading.Event) -> None:
     if not over.wait(seconds):
+        no_grace.set()
         os.kill(os.getpid(), signal.SIGTERM)
 
 
