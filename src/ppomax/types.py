@@ -110,6 +110,10 @@ class Rollout:
     def __len__(self) -> int:
         return len(self.prompts)
 
+    def pairs(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """(prompt ids, response ids) of every row: what tells equal answers to equal prompts."""
+        return [(p, tuple(r)) for p, r in zip(self.prompt_ids, self.responses(), strict=True)]
+
     def responses(self) -> list[list[int]]:
         """The sampled ids of each row, without padding."""
         return [row[:n].tolist() for row, n in zip(self.response_ids_BR, self.length_B.tolist(), strict=True)]

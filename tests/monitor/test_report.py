@@ -109,7 +109,7 @@ def test_the_headline_numbers_are_those_of_the_summary(quickstart_page: str) -> 
     assert numbers == [
         ("85%", "win rate, gold judge", "95% interval 80% to 90%"),
         ("86%", "reward model accuracy", "of held-out pairs; guessing gives 50%"),
-        ("6.1", "KL to the reference", "nats per response"),
+        ("6.1", "KL to the baseline", "nats per response"),
         ("18 \u2192 21", "response length", "tokens, before and after"),
         ("7 min 12 s", "wall time", "24 PPO iterations"),
     ]

@@ -135,6 +135,18 @@ def test_texts_leave_out_special_tokens_only(tiny_tokenizer: Any) -> None:
     assert response_texts(tiny_tokenizer, rollout) == ["Hi there", "", "cut o"]
 
 
+@pytest.mark.parametrize("missing", [1, 2, 3])
+def test_a_character_that_the_limit_cut_is_left_out(missing: int, tiny_tokenizer: Any) -> None:
+    """The tiny tokenizer's tokens are bytes."""
+    ids = torch.tensor([tiny_tokenizer("a rose 🌹", add_special_tokens=False)["input_ids"][:-missing]] * 2)
+    rollout = Rollout(
+        tuple(prompts_of(["a", "b"])), ((1,),) * 2, ids, torch.tensor([ids.shape[1]] * 2), torch.zeros(ids.shape),
+        torch.tensor([True, False]), torch.zeros(2, dtype=torch.long),
+    )  # fmt: skip
+    cut, whole = response_texts(tiny_tokenizer, rollout)
+    assert cut == "a rose" and whole.startswith("a rose \ufffd")  # what the policy itself wrote stays
+
+
 def test_prompts_rendered_for_sampling_end_with_the_cue(tiny_tokenizer: Any) -> None:
     ids = render_prompt(tiny_tokenizer, [Message(role="user", content="x")])
     assert tiny_tokenizer.decode(ids).endswith("<|im_start|>assistant\n")

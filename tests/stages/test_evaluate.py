@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import random
 import resource
 import shutil
 import signal
@@ -165,6 +166,19 @@ def test_a_model_against_itself_ties_in_everything(trained: Trained, toys: Toys,
     pairs = [(summary[key], summary[key.replace("_before", "_after")]) for key in summary if key.endswith("_before")]
     assert len(pairs) >= 8
     assert all(before == after for before, after in pairs)
+
+
+def test_an_answer_that_both_give_ties_whatever_rounding_makes_of_its_scores(
+    trained: Trained, toys: Toys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = RewardModel.score_rows
+
+    def rounded(*args: Any, **kwargs: Any) -> list[float]:
+        return [score + 1e-6 * random.random() for score in read(*args, **kwargs)]
+
+    monkeypatch.setattr(RewardModel, "score_rows", rounded)
+    found = evaluate(config_of(tmp_path / "run", trained.sft, trained, toys))["reward"]
+    assert (found["win"], found["tie"], found["lose"]) == (0.0, 1.0, 0.0)
 
 
 def test_evaluating_again_gives_the_same_files_and_other_settings_are_refused(

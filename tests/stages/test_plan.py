@@ -117,8 +117,8 @@ def test_offload_is_a_knob_of_several_gpus() -> None:
         config = PlanConfig(model_size="7b", gpus=gpus, compute=ModelConfig(**compute))
         return {knob["change"]: knob["peak"] for knob in plan(config)["knobs"]}
 
-    assert "--compute.offload" not in knobs("1x4g") and "--compute.offload" not in knobs("4x4g", offload=True)
-    assert "--compute.offload" in knobs("4x4g")
+    assert "--compute.offload" not in knobs("1x40g") and "--compute.offload" not in knobs("8x40g", offload=True)
+    assert "--compute.offload" in knobs("8x40g")
 
 
 # bad input and the command

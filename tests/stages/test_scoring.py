@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from ppomax.config import CriticConfig, KLConfig, OptimConfig, PPOConfig, SamplingConfig, ScoreConfig
 from ppomax.data.chat import render_prompt, render_response
+from ppomax.rewards.model import RewardModel
 from ppomax.stages.estimate import estimate, seen
 from ppomax.stages.reward import reward
 from ppomax.stages.update import update
@@ -32,6 +33,23 @@ def plain_logprobs(model: Any, prompt: tuple[int, ...], response: list[int], tem
         logits = model(torch.tensor([[*prompt, *response]])).logits[0] / temperature
     chosen = logits.log_softmax(-1)[len(prompt) - 1 : -1]
     return chosen.gather(1, torch.tensor(response)[:, None])[:, 0].tolist()
+
+
+def test_equal_responses_have_equal_scores_whatever_rounding_makes_of_them(
+    trained: Trained, toys: Toys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = RewardModel.score_ids
+    monkeypatch.setattr(RewardModel, "score_ids", lambda self, batch: read(self, batch) + 1e-6 * torch.rand(1))
+    config = ppo_config(
+        tmp_path / "run", trained.sft, toys.prompts, reward=(trained.reward,), samples_per_prompt=8,
+        sampling=SamplingConfig(max_new_tokens=1, temperature=0.1),
+        compute=toy.FLOAT32.model_copy(update={"tokens_per_microbatch": 64}),
+    )  # fmt: skip
+    scored = first_iteration(prepared(config)).scored
+    of: dict[Any, set[float]] = {}
+    for pair, score in zip(scored.rollout.pairs(), scored.score_B.tolist(), strict=True):
+        of.setdefault(pair, set()).add(score)
+    assert len(of) < len(scored.rollout) and all(len(scores) == 1 for scores in of.values())
 
 
 def test_trap_08_and_11_every_reading_is_that_of_plain_transformers(

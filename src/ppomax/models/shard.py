@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from typing import TypeVar
 
@@ -26,11 +25,6 @@ from ppomax.models.players import Player, ScalarOutput, TokenScores
 from ppomax.types import SetupError, token_batch
 
 P = TypeVar("P", bound=Player)
-
-
-def loading(compute: Compute, config: ModelConfig) -> Compute:
-    """How a trained model is read: in float32 where it will be sharded, since its shards are the masters."""
-    return compute if world.size() == 1 or config.shard == "none" else replace(compute, dtype=torch.float32)
 
 
 def shard(player: P, compute: Compute, config: ModelConfig) -> P:
@@ -68,8 +62,10 @@ def shard(player: P, compute: Compute, config: ModelConfig) -> P:
     player.device = compute.device
     for layer in player.base.layers:
         if any(p in spread for p in layer.parameters()):
+            _as_masters(layer, trained)
             fully_shard(layer, reshard_after_forward=reshard, **options)
     # What is left (embeddings, last norm, heads) belongs to the player itself, which no pass goes around.
+    _as_masters(player, trained)
     fully_shard(player, reshard_after_forward=False, **options)
     for module in _sharded(player):
         module.set_gradient_divide_factor(1.0)  # losses are divided by the counts of all processes already
@@ -79,6 +75,13 @@ def shard(player: P, compute: Compute, config: ModelConfig) -> P:
     with torch.no_grad():  # the first pass makes the player the root of its layers, in whatever order they are called
         player(token_batch([[1, 2]], [[3]], device=str(compute.device)))
     return player
+
+
+def _as_masters(module: nn.Module, trained: set[nn.Parameter]) -> None:
+    """Trained parameters in float32, just before they are divided: a player never stands whole in float32."""
+    for parameter in module.parameters():
+        if parameter in trained and parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()
 
 
 @contextmanager

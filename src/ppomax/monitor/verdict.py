@@ -91,8 +91,11 @@ def headline(root: RunFiles, chapters: Mapping[str, RunFiles]) -> list[Number]:
     before = find("length_before", first=("ppo", "response_length"))
     kl = find("kl_per_sequence", ("ppo", "kl_per_sequence"))
     if math.isfinite(kl):
+        # Evaluation compares with its baseline, which need not be what PPO was held to.
+        to_baseline = any(r and "kl_per_sequence" in r.summary for r in (root, chapters.get("evaluate")))
         tone = "bad" if kl > _LIMITS.kl_per_sequence * kl_scale(before) else "plain"
-        numbers.append(Number("KL to the reference", f"{kl:.1f}", "nats per response", tone))
+        name = "KL to the baseline" if to_baseline else "KL to the reference"
+        numbers.append(Number(name, f"{kl:.1f}", "nats per response", tone))
     after = find("length_after", ("ppo", "response_length"))
     if math.isfinite(before) and math.isfinite(after):
         numbers.append(Number("response length", f"{before:.0f} \u2192 {after:.0f}", "tokens, before and after"))

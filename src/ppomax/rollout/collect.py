@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,9 @@ from ppomax.monitor.clock import Clock
 from ppomax.rollout.sampler import Distribution, sample
 from ppomax.rollout.vllm import VLLM
 from ppomax.types import Prompt, Rollout
+
+# What decoders make of the bytes of a character whose last ones are missing.
+_PART = re.compile("\ufffd{1,3}$")
 
 
 @dataclass(frozen=True)
@@ -93,8 +97,12 @@ def collect(
 
 
 def response_texts(tokenizer, rollout: Rollout) -> list[str]:
-    """What the responses say, special tokens left out."""
-    return [text.strip() for text in tokenizer.batch_decode(rollout.responses(), skip_special_tokens=True)]
+    """What the responses say, special tokens left out, and the character of which the length limit left a part."""
+    texts = tokenizer.batch_decode(rollout.responses(), skip_special_tokens=True)
+    return [
+        (_PART.sub("", text) if cut else text).strip()
+        for text, cut in zip(texts, rollout.truncated_B.tolist(), strict=True)
+    ]
 
 
 def eos_token_ids(model, tokenizer) -> list[int]:

@@ -245,6 +245,10 @@ def _report(run: Run, config: EvaluateConfig, systems: Systems, after: Answers, 
         summary["judges"] = compared
     rewards = systems.rewards(before), systems.rewards(after)
     if rewards[0] is not None and rewards[1] is not None:
+        # Rounding depends on the pass that reads an answer: the same one has one score, else it would win or lose.
+        known = dict(zip(before.rollout.pairs(), rewards[0], strict=True))
+        same = [known.get(pair, x) for pair, x in zip(after.rollout.pairs(), rewards[1], strict=True)]
+        rewards = [known[pair] for pair in before.rollout.pairs()], same
         summary["reward"] = _compare(rewards[1], rewards[0], 0.0, groups, sources)
         summary |= {"reward_before": _mean(rewards[0]), "reward_after": _mean(rewards[1])}
     if rewards[0] is not None and systems.judges:

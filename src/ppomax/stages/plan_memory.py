@@ -289,7 +289,7 @@ def phases(
     # On a GPU the copy that is written while training goes on lies in the host's memory.
     copy = _checkpoint(roles, players) + _saving(roles, players) if config.save.background and machine.packs else 0.0
     found = {
-        "load": {} if sharded else _loading(roles, machine),
+        "load": _loading_divided(roles, config, machine, shard) if sharded else _loading(roles, machine),
         "generate": {
             "always": always,
             "background save": copy,
@@ -323,6 +323,24 @@ def _loading(roles: Sequence[Role], machine: Machine) -> dict[str, float]:
     """
     sizes = [float(role.parameters) for role in roles]
     return {"weights": sum(sizes) * machine.compute, "file": 2 * max(sizes) if machine.packs else 0.0}
+
+
+def _loading_divided(
+    roles: Sequence[Role], config: PlanConfig, machine: Machine, shard: str
+) -> dict[str, float]:  # fmt: skip
+    """The largest sum, while the players are loaded one after the other (rewards, policy, critic, reference), of one
+    that stands whole in compute precision and what the earlier ones keep; what they have in common is found at the end.
+    """
+    later = ("policy", "critic", "reference")
+    order = [*(r for r in roles if r.name not in later), *(r for name in later for r in roles if r.name == name)]
+    kept = peak = 0.0
+    for role in order:
+        trained = min(held(role, config).trained, role.parameters)
+        divided = shard == "zero3" and not role.trained and not stays_whole(role, config)
+        peak = max(peak, kept + role.parameters * machine.compute)
+        frozen = (role.parameters - trained) * machine.compute / (machine.count if divided else 1)
+        kept += frozen + FLOAT32 * trained / machine.count
+    return {"weights": peak}
 
 
 def _saving(roles: Sequence[Role], players: dict[str, Bytes]) -> float:

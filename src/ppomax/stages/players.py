@@ -19,7 +19,7 @@ from ppomax.models.load import (
     same_vocabulary,
 )
 from ppomax.models.players import Policy, Scalar, expect_equal_rows
-from ppomax.models.shard import loading, shard
+from ppomax.models.shard import shard
 from ppomax.models.share import share_frozen, share_trunk
 from ppomax.monitor.clock import Clock
 from ppomax.rewards.callables import RewardFunction, expect_takes, function_name, limited, load_function
@@ -76,7 +76,7 @@ def load_players(
         else replace(t, reward=limited(t.reward, config.reward_timeout, name=t.name))
         for t in terms
     ]  # fmt: skip
-    trained = load_causal_lm(config.policy, loading(compute, config.compute))
+    trained = load_causal_lm(config.policy, compute)
     policy = shard(Policy(trained, trained=True, **training_of(config.compute, config.seed)), compute, config.compute)
     critic = _load_critic(config, config.critic.init, compute, tokenizer, terms) if config.critic.init else None
     frozen = config.reference or config.policy
@@ -157,7 +157,7 @@ def _load_critic(config: PPOConfig, init: str, compute: Compute, tokenizer: Any,
         name = init
         if not same_vocabulary(load_tokenizer(name, config.compute.chat_template), tokenizer):
             raise SetupError(f"critic.init: {name} has another vocabulary than the policy; use --critic.init policy")
-    model = load_scalar_lm(name, loading(compute, config.compute), fresh_head_seed=seed)
+    model = load_scalar_lm(name, compute, fresh_head_seed=seed)
     return shard(Scalar(model, trained=True, **training_of(config.compute, config.seed)), compute, config.compute)
 
 

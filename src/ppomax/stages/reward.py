@@ -24,7 +24,7 @@ from ppomax.models.load import (
     tied,
 )
 from ppomax.models.players import Policy, Scalar
-from ppomax.models.shard import loading, shard
+from ppomax.models.shard import shard
 from ppomax.models.trunk import trunk_states
 from ppomax.monitor.clock import step_row
 from ppomax.monitor.log import without_nan
@@ -142,7 +142,7 @@ def reward_player(name: str, compute: Compute, config: RewardConfig, *, trained:
         if head.bias is not None or not tied(causal.model):
             unembedding = copy.deepcopy(head).requires_grad_(False)  # not part of the exported model
         del causal
-    model = load_scalar_lm(name, loading(compute, config.compute), fresh_head_seed=config.seed)
+    model = load_scalar_lm(name, compute, fresh_head_seed=config.seed)
     return Scalar(model, trained=trained, unembedding=unembedding, **training_of(config.compute, config.seed))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -187,7 +188,10 @@ def score(
     for term in readers:
         assert isinstance(term.reward, RewardModel)
         term.reward.expect_numbers(read_B[term.name])
-    components |= read_B
+    # Equal responses have equal scores: that they were read in passes of other shapes is no reason to prefer one.
+    known: dict[Any, int] = {}
+    same = [known.setdefault(pair, b) for b, pair in enumerate(rollout.pairs())]
+    components |= {name: score_B[same] for name, score_B in read_B.items()}
     scored = ScoredRollouts(
         rollout, now.logprobs_BR, reference_BR, now.values_BR, weighted_sum(players.terms, components), components,
         now.bootstrap_B(rollout, bootstrap), dense_BR, now.full_kl_BR,

@@ -19,7 +19,7 @@ from ppomax.engine import world
 from ppomax.engine.optimiser import Optimiser, learning_rate
 from ppomax.models.load import export, load_causal_lm, load_tokenizer
 from ppomax.models.players import Policy
-from ppomax.models.shard import loading, shard
+from ppomax.models.shard import shard
 from ppomax.models.trunk import trunk_states, with_states
 from ppomax.monitor.clock import step_row
 from ppomax.rl.objectives import nll_loss
@@ -57,7 +57,7 @@ def _train(run: Session, config: SFTConfig) -> dict[str, Any]:
     heldout = dialogue_tokens(tokenizer, held, config.max_length, what=aside)[0] if held else []
     per_epoch = -(-len(rows) // config.batch_size)
     steps = max(1, round(per_epoch * config.epochs))
-    model = load_causal_lm(config.model, loading(compute, config.compute))
+    model = load_causal_lm(config.model, compute)
     policy = shard(Policy(model, trained=True, **training_of(config.compute, config.seed)), compute, config.compute)
     context_limit(policy.model, max(len(row.ids) for row in rows), "longest dialogue")
     optimiser = Optimiser(policy.trained_parameters(), **adamw(config.optim))
