@@ -163,7 +163,8 @@ def test_what_trains_nothing_imports_no_torch(words: list[str]) -> None:
 
 
 def test_a_reader_that_leaves_early_is_no_error() -> None:
-    script = f"set -o pipefail; {sys.executable} -m ppomax ppo --help | head -n 1"
+    command = f"{sys.executable} -m ppomax"
+    script = f"set -o pipefail; {command} recipes | true && {command} ppo --help | head -n 1"
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "usage: ppomax ppo [-h] [OPTIONS]\n", "")
 

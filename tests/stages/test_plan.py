@@ -112,6 +112,16 @@ def test_a_knob_does_what_it_says() -> None:
         assert plan(divided)["layouts"][0]["fits"] is fits
 
 
+def test_how_a_run_divides_its_players_is_one_of_its_settings() -> None:
+    def shards(**compute: Any) -> set[str]:
+        found = plan(PlanConfig(model_size="7b", gpus="8x80g", compute=ModelConfig(**compute)))
+        return {layout["name"].rsplit(", ")[-1] for layout in found["layouts"]}
+
+    default = ModelConfig().shard
+    other = next(shard for shard in ("zero3", "none") if shard != default)
+    assert shards() == {"none", "zero2", "zero3"} and shards(shard=other) == {other}
+
+
 def test_offload_is_a_knob_of_several_gpus() -> None:
     def knobs(gpus: str, **compute: Any) -> dict[str, float]:
         config = PlanConfig(model_size="7b", gpus=gpus, compute=ModelConfig(**compute))
