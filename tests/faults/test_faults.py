@@ -136,9 +136,10 @@ def test_a_disk_that_is_full_during_a_save_costs_nothing_that_was_saved(
 def test_a_reward_that_hangs_ends_the_run_after_its_time(
     words: Words, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    slow = ["--reward", "stages.toy:hanging_reward", "--critic.init", "policy", "--reward-timeout", "0.5"]
+    line = words("ppo", tmp_path / "run", "--critic.init", "policy", "--reward-timeout", "0.5")
+    line[line.index("--reward") + 1] = "stages.toy:hanging_reward"
     began = time.monotonic()
-    assert main(words("ppo", tmp_path / "run", *slow)) == 2
+    assert main(line) == 2
     assert time.monotonic() - began < 50  # it would hang for a minute
     said = " ".join(capsys.readouterr().err.split())
     assert "error: reward stages.toy:hanging_reward: no answer after 0.5 seconds (reward_timeout)" in said

@@ -48,7 +48,7 @@ PPO = (
 CASES = {
     "train": (SFT, "--batch-size 64 --epochs 1", r"a microbatch of 64 × 4\d\d = [\d,]+ tokens", "--compute.tokens-per-microbatch, --compute.train-layers"),
     "generate": (PPO, "--rollout-batch 64 --minibatch 64", r"side by side 64 × 4\d\d = [\d,]+ tokens", "--sampling.max-rows, --sampling.max-new-tokens"),
-    "score": (PPO, "--rollout-batch 64 --minibatch 64 --reward memory_rewards:limiting", r"a microbatch of 64 × 4\d\d = [\d,]+ tokens", "--compute.tokens-per-microbatch"),
+    "score": (PPO, "--rollout-batch 64 --minibatch 64", r"a microbatch of 64 × 4\d\d = [\d,]+ tokens", "--compute.tokens-per-microbatch"),
 }  # fmt: skip
 
 
