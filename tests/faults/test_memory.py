@@ -26,7 +26,7 @@ def limit():
     resource.setrlimit(resource.RLIMIT_AS, (size, size))
 
 import memory_rewards
-memory_rewards.at_next_call = limit if "memory_rewards" in sys.argv[2] else None
+memory_rewards.at_next_call = limit if sys.argv[3] == "score" else None
 if not memory_rewards.at_next_call:
     limit()
 sys.exit(main([*words, *more, "--run-dir", "full"]))
@@ -60,7 +60,7 @@ def test_out_of_memory_names_the_phase_the_tokens_and_the_knob(phase: str, tmp_p
     (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "memory_rewards.py").write_text(REWARDS)
     done = subprocess.run(
-        [sys.executable, "-c", LIMITED, words, more], cwd=tmp_path, capture_output=True, text=True, timeout=200
+        [sys.executable, "-c", LIMITED, words, more, phase], cwd=tmp_path, capture_output=True, text=True, timeout=200
     )
     said = " ".join(done.stderr.split())
     assert done.returncode == 1, said
