@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ from pydantic import BaseModel
 import ppomax
 from ppomax.cli import main
 from ppomax.cli.parse import ABOUT, VERBS, parse
-from ppomax.config import ChatConfig, PPOConfig, RewardConfig, SFTConfig
+from ppomax.config import ChatConfig, RewardConfig
 from ppomax.config.layers import plain
 from ppomax.config.recipes import PPO_RECIPES, REWARD_RECIPES, SFT_RECIPES
 from ppomax.errors import SetupError
@@ -169,81 +169,7 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "usage: ppomax ppo [-h] [OPTIONS]\n", "")
 
 
-# recipe < file < flags
-
-
-def test_a_flag_overrides_the_file_which_overrides_the_recipe(here: Path) -> None:
-    Path("c.yaml").write_text("gae_lambda: 0.7\nclip_ratio: 0.3\noptim: {lr: 2e-6}\n")
-    words = ["--recipe", "vanilla", "--config", "c.yaml", "--clip-ratio", "0.1", "--optim.warmup", "0.5"]
-    config = parse("ppo", [*words, "--prompts", "a", "b"]).config
-    assert config.kl.coefficient is None  # the recipe's; 0.05 without it
-    assert config.gae_lambda == 0.7  # the file's; the recipe has 1.0
-    assert config.clip_ratio == 0.1  # the flag's; the file has 0.3
-    # One nested group, a setting from each layer.
-    assert (config.optim.max_grad_norm, config.optim.lr, config.optim.warmup) == (None, 2e-6, 0.5)
-    assert config.prompts == ("a", "b")
-    assert config.rollout_batch == PPOConfig().rollout_batch
-
-
-def test_without_a_layer_the_schema_decides() -> None:
-    assert parse("ppo", []).config == PPOConfig()
-    assert parse("sft", ["--data", "x"]).config == SFTConfig(data=("x",))
-
-
-@pytest.mark.parametrize(("name", "recipes"), [("ppo", PPO_RECIPES), ("reward", REWARD_RECIPES), ("sft", SFT_RECIPES)])
-def test_every_recipe_can_be_chosen(name: str, recipes: dict[str, Callable[[], BaseModel]]) -> None:
-    for recipe, function in recipes.items():
-        assert parse(name, ["--recipe", recipe]).config == function()
-
-
-def test_a_file_may_name_the_recipe_and_a_flag_another(here: Path) -> None:
-    Path("c.yaml").write_text("recipe: vanilla\nseed: 5\n")
-    assert parse("ppo", ["--config", "c.yaml"]).config == PPO_RECIPES["vanilla"]().model_copy(update={"seed": 5})
-    other = parse("ppo", ["--config=c.yaml", "--recipe=ppo-max"])
-    assert (other.recipe, other.config.ptx_weight, other.config.seed) == ("ppo-max", 0.1, 5)
-
-
-def test_none_turns_a_setting_off_in_flags_and_null_in_files(here: Path) -> None:
-    Path("c.yaml").write_text("score: {clip: null}\n")
-    config = parse("ppo", ["--config", "c.yaml", "--critic.value-clip", "None"]).config
-    assert (config.score.clip, config.critic.value_clip) == (None, None)
-
-
-def test_none_and_off_in_a_file_are_off_where_that_is_possible(here: Path) -> None:
-    Path("c.yaml").write_text("reference: None\nscore: {clip: None}\ncompute: {train_layers: off}\n")
-    config = parse("ppo", ["--config", "c.yaml"]).config
-    assert (config.reference, config.score.clip, config.compute.train_layers) == (None, None, None)
-
-
-def test_a_key_that_a_file_has_twice_is_an_error_with_its_line(here: Path) -> None:
-    Path("c.yaml").write_text("optim: {lr: 1e-4}\nseed: 1\noptim: {warmup: 0.2}\n")
-    with pytest.raises(SetupError, match="(?s)c.yaml: not valid YAML: .*found the key 'optim' twice.*line 3, column 1"):
-        parse("ppo", ["--config", "c.yaml"])
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["--prompts", "a", "--prompts=b"],
-        ["--config", "a", "--config", "b"],
-        ["--sampling.stop", "a", "--sampling.stop", "b"],
-    ],
-)
-def test_a_list_that_is_given_twice_is_an_error(words: list[str], here: Path) -> None:
-    with pytest.raises(SetupError, match=f"{words[0]}: found it twice, of which only the last would count"):
-        parse("ppo", words)
-    assert parse("ppo", ["--seed", "1", "--seed", "2"]).config.seed == 2  # a script may lay its own over another's
-
-
-def test_what_another_process_alone_has_met_reaches_the_launcher(
-    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(here / "error.json"))
-    assert main(["report", "nowhere"]) == 2
-    assert capsys.readouterr().err == ""
-    said = json.loads((here / "error.json").read_text())["message"]
-    assert "nowhere" in said["message"] and said["extraInfo"]["py_callstack"] == said["message"]
+# flags that are not settings
 
 
 def test_resume_and_fresh_reach_the_stage() -> None:
@@ -348,6 +274,17 @@ def test_a_recipe_in_the_file_of_a_verb_without_recipes_is_unknown(here: Path) -
     Path("c.yaml").write_text("recipe: vanilla")
     with pytest.raises(SetupError, match="unknown key 'recipe'"):
         parse("evaluate", ["--config", "c.yaml"])
+
+
+def test_what_another_process_alone_has_met_reaches_the_launcher(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(here / "error.json"))
+    assert main(["report", "nowhere"]) == 2
+    assert capsys.readouterr().err == ""
+    said = json.loads((here / "error.json").read_text())["message"]
+    assert "nowhere" in said["message"] and said["extraInfo"]["py_callstack"] == said["message"]
 
 
 # runs

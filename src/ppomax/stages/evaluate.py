@@ -161,9 +161,7 @@ class Systems:
         if self.reward is None:
             return None
         if self.reward.reads_ids:
-            return self.reward.score_rows(
-                list(zip(answers.rollout.prompt_ids, answers.rollout.responses(), strict=True))
-            )
+            return self.reward.score_rows(answers.rollout.pairs())
         rollout = answers.rollout
         return self.reward.score_text(
             [p.messages for p in rollout.prompts], answers.texts, truncated=rollout.truncated_B.tolist()
@@ -246,9 +244,10 @@ def _report(run: Run, config: EvaluateConfig, systems: Systems, after: Answers, 
     rewards = systems.rewards(before), systems.rewards(after)
     if rewards[0] is not None and rewards[1] is not None:
         # Rounding depends on the pass that reads an answer: the same one has one score, else it would win or lose.
-        known = dict(zip(before.rollout.pairs(), rewards[0], strict=True))
+        asked = before.rollout.pairs()
+        known = dict(zip(asked, rewards[0], strict=True))
         same = [known.get(pair, x) for pair, x in zip(after.rollout.pairs(), rewards[1], strict=True)]
-        rewards = [known[pair] for pair in before.rollout.pairs()], same
+        rewards = [known[pair] for pair in asked], same
         summary["reward"] = _compare(rewards[1], rewards[0], 0.0, groups, sources)
         summary |= {"reward_before": _mean(rewards[0]), "reward_after": _mean(rewards[1])}
     if rewards[0] is not None and systems.judges:

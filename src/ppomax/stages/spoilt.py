@@ -25,8 +25,8 @@ def spoilt(
         other = prompts[(number + OTHER_PROMPT) % len(prompts)]
         if loop_every and number % loop_every == 0 and text:
             turn = number // loop_every
-            subject = next((word.lower() for word in _WORD.findall(other) if content_stems(word)), None)
-            made.append((number, looped(text, 3 + turn // 2 % 6, subject if turn % 2 else None)))
+            subjects = (word.lower() for word in _WORD.findall(other) if content_stems(word))
+            made.append((number, looped(text, 3 + turn // 2 % 6, next(subjects, None) if turn % 2 else None)))
         if stray_every and number % stray_every == 0:
             away = strayed(text, prompts[number], other)
             if away != text:
