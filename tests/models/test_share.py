@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from models.architectures import batch_of, policy, save_model, scalar
+from ppomax.config import ModelConfig
 from ppomax.engine.optimiser import Optimiser
 from ppomax.models.players import Player
-from ppomax.models.share import first_difference, share_frozen, share_trunk
+from ppomax.models.share import first_difference, share_frozen, share_trunk, twin
 from ppomax.types import SetupError
 
 LAYERS = 3
@@ -132,3 +133,19 @@ def test_an_unembedding_of_its_own_stays_though_the_configuration_calls_it_tied(
         expected = other(batch).logprobs_BT
         share(first, other)
         assert torch.equal(other(batch).logprobs_BT, expected)
+
+
+@pytest.mark.parametrize("compute", [{"lora_rank": 2}, {"train_layers": 1}], ids=str)
+def test_a_twin_holds_what_stays_frozen_and_copies_the_rest(compute: dict[str, int], lively_reward: str) -> None:
+    model = scalar(lively_reward).model
+    other = twin(model, ModelConfig(**compute))
+    ours, theirs = dict(model.named_parameters()), dict(other.named_parameters())
+    frozen = set(lower_parameters(scalar(lively_reward))) if "train_layers" in compute else set(ours) - {"score.weight"}
+    for name, parameter in theirs.items():
+        assert (parameter is ours[name]) == (name in frozen), name
+        assert torch.equal(parameter, ours[name])
+    assert all(a is not b for a, b in zip(model.modules(), other.modules(), strict=True))
+
+
+def test_what_is_trained_whole_has_no_twin(lively: str) -> None:
+    assert twin(policy(lively).model, ModelConfig()) is None

@@ -11,6 +11,7 @@ import torch
 from ppomax.config import CriticConfig, ModelConfig, OptimConfig, SaveConfig
 from ppomax.models.load import load_tokenizer
 from ppomax.rewards.model import RewardModel
+from ppomax.stages import players as loading
 from ppomax.stages.inputs import compute_of
 from ppomax.stages.players import load_players
 from ppomax.stages.reward import reward
@@ -74,6 +75,26 @@ def test_ppo_by_adapters_resumes_bit_for_bit_and_exports_the_merged_average(
     assert moved and all(".layers." in name and "norm" not in name for name in moved)
     # Half of the way, step after step: the average is behind the last weights.
     assert any(not final[name].equal(last[name]) for name in moved)
+
+
+@pytest.mark.parametrize(
+    ("compute", "read"),
+    [(LORA, 2), (FLOAT32.model_copy(update={"train_layers": 1}), 2), (FLOAT32, 4)],
+    ids=["adapters", "upper layer", "full"],
+)
+def test_a_model_that_another_player_begins_as_is_not_read_twice(
+    compute: Any, read: int, tmp_path: Path, toys: Toys, trained_top: Trained, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = []
+    for loader in ("load_causal_lm", "load_scalar_lm"):
+        real = getattr(loading, loader)
+        monkeypatch.setattr(
+            loading, loader, lambda name, *a, real=real, **k: (names.append(name), real(name, *a, **k))[1]
+        )  # fmt: skip
+    settings: dict[str, Any] = {"compute": compute, "reward": (trained_top.reward,), "critic": CriticConfig()}
+    config = ppo_config(tmp_path, trained_top.sft, toys.prompts, **settings)
+    load_players(config, compute_of(compute), load_tokenizer(trained_top.sft), None)
+    assert len(names) == read and set(names) == {trained_top.sft, trained_top.reward}
 
 
 def test_players_with_adapters_hold_common_weights_once(tmp_path: Path, toys: Toys, trained: Trained) -> None:

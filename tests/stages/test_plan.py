@@ -127,8 +127,8 @@ def test_offload_is_a_knob_of_several_gpus() -> None:
         config = PlanConfig(model_size="7b", gpus=gpus, compute=ModelConfig(**compute))
         return {knob["change"]: knob["peak"] for knob in plan(config)["knobs"]}
 
-    assert "--compute.offload" not in knobs("1x40g") and "--compute.offload" not in knobs("8x40g", offload=True)
-    assert "--compute.offload" in knobs("8x40g")
+    assert "--compute.offload" not in knobs("1x24g") and "--compute.offload" not in knobs("8x24g", offload=True)
+    assert "--compute.offload" in knobs("8x24g")
 
 
 # bad input and the command

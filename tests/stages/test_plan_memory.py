@@ -26,12 +26,11 @@ from ppomax.stages.plan_memory import (
     Role,
     cache,
     held,
-    host_memory,
     layer_activations,
     microbatch,
-    phases,
     player_bytes,
 )
+from ppomax.stages.plan_phases import host_memory, phases
 from ppomax.types import SetupError, token_batch
 from stages.planned import CPU, OPTIMISER, numel, role, small
 
@@ -280,3 +279,27 @@ def test_phases_add_up_and_checkpointing_keeps_less() -> None:
     layer = layer_activations(role().shape, microbatch(config, CPU), 4)
     inputs = microbatch(config, CPU).tokens * 64 * 4
     assert kept[0] - kept[1] == pytest.approx(3 * layer - (layer + 3 * inputs))
+
+
+def test_a_player_that_begins_as_another_one_is_not_loaded_again() -> None:
+    """Rewards, reference, policy, critic: with everything in common but adapters, or but the upper layers."""
+    shape = shape_sized("7b", 7e9)
+    roles = [
+        Role("policy", shape, False, True), Role("critic", shape, True, True),
+        Role("reference", shape, False, False, same_as="policy"), Role("reward", shape, True, False, same_as="critic"),
+    ]  # fmt: skip
+    P, S, layer = shape.causal, shape.scalar, shape.layer
+
+    def load(shard: str = "none", devices: int = 1, **compute: Any) -> float:
+        config, where = PlanConfig(compute=ModelConfig(**compute)), Machine(devices, 80 * GIB, 2, packs=False)
+        players = {r.name: player_bytes(r, config, where, shard) for r in roles}
+        return sum(phases(roles, players, config, where, shard)["load"].values())
+
+    adapters = 32 * 16 * (4 * (4096 + 4096) + 3 * (4096 + 11008))
+    assert load() == 2 * (2 * S + 2 * P)
+    assert load(lora_rank=16) == 2 * (S + P + adapters + adapters + 4096)
+    below = shape.embedding + 24 * layer
+    # While the policy is there the reward model still stands whole; then its lower layers are the policy's.
+    assert load(train_layers=8) == 2 * max(S + P + (P - below), 2 * S + 2 * P - 3 * below)
+    # Divided among eight as soon as each is loaded: the critic whole beside shards, float32 ones of the policy.
+    assert load("zero3", 8) == 2 * S / 8 + 2 * P / 8 + 4 * P / 8 + 2 * S

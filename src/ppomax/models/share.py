@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import torch
 from torch import nn
 
-from ppomax.models.load import tied
+from ppomax.config import ModelConfig
+from ppomax.models.load import decoder_stack, tied
 from ppomax.models.players import Player
 from ppomax.types import SetupError
+
+
+def twin(model: Any, config: ModelConfig) -> Any | None:
+    """A copy of a model that nobody trains yet, which holds the very tensors that stay frozen: beside adapters all but
+    those of a scalar head, else those below the uppermost `train_layers`. None where there are none."""
+    if config.lora_rank is not None:
+        head = getattr(model, "score", None)
+        shared = set(model.parameters()) - set(() if head is None else head.parameters())
+    elif config.train_layers is not None and hasattr(decoder_stack(model), "layers"):
+        shared = {tensor for _, tensor in _lower(decoder_stack(model), config.train_layers)}
+    else:
+        return None
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
 
 
 def first_difference(a: Player, b: Player) -> str | None:
@@ -56,6 +73,9 @@ def _tie(player: Player) -> None:
 
 
 def _lower_parameters(player: Player) -> list[tuple[str, nn.Parameter]]:
-    count = len(player.base.layers) - (player.train_layers or 0)
-    embeddings = player.base.get_input_embeddings().named_parameters(prefix="embeddings")
-    return [*embeddings, *player.base.layers[:count].named_parameters(prefix="layers")]
+    return _lower(player.base, player.train_layers or 0)
+
+
+def _lower(base: Any, train_layers: int) -> list[tuple[str, nn.Parameter]]:
+    embeddings = base.get_input_embeddings().named_parameters(prefix="embeddings")
+    return [*embeddings, *base.layers[: len(base.layers) - train_layers].named_parameters(prefix="layers")]

@@ -16,7 +16,8 @@ from ppomax.models.load import Compute, resolve_compute
 from ppomax.models.shapes import Shape, shape_named, shape_sized
 from ppomax.rewards.mixture import is_function, parse_terms
 from ppomax.stages.doctor import memory_total
-from ppomax.stages.plan_memory import Bytes, Machine, Role, host_memory, microbatch, phases, player_bytes
+from ppomax.stages.plan_memory import Bytes, Machine, Role, microbatch, player_bytes
+from ppomax.stages.plan_phases import host_memory, phases
 from ppomax.stages.plan_time import flops, seconds
 from ppomax.stages.ppo_checks import expect_possible
 from ppomax.types import SetupError

@@ -1,16 +1,14 @@
-"""Bytes on one device, player by player and phase by phase; docs/planning.md has the same formulas in words.
+"""Bytes on one device, player by player and piece by piece; docs/planning.md has the same formulas in words.
 
-Nothing here reads a weight. A phase's peak is what is always held, plus what that phase adds at its worst moment.
+Nothing here reads a weight. `plan_phases.py` adds the pieces up.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ppomax.config.plan import PlanConfig
-from ppomax.engine.checkpoint import FILE_BYTES
 from ppomax.models.attention import LONGEST_FOLDED
 from ppomax.models.logprobs import chunk_rows
 from ppomax.models.shapes import Shape
@@ -269,130 +267,6 @@ def _offloaded(found: Bytes, *, whole: bool) -> Bytes:
     return replace(
         found, weights=found.weights - weights, masters=0.0, moments=0.0, gradients=0.0, average=0.0, host=moved
     )
-
-
-def phases(
-    roles: Sequence[Role], players: dict[str, Bytes], config: PlanConfig, machine: Machine, shard: str
-) -> dict[str, dict[str, float]]:
-    """By phase, what adds up to its peak; the part 'always' is the same in all but loading."""
-    policy = roles[0]
-    always = sum(player.always for player in players.values())
-    sharded, part = shard != "none", microbatch(config, machine)
-    decoding = policy.parameters * machine.compute if sharded else 0.0
-    if shard == "zero2" or (sharded and stays_whole(policy, config)):
-        decoding = held(policy, config).trained * machine.compute
-    # One player at a time: a pass without gradient gives back what it gathered, a backward pass does as well.
-    gathered = max(player.gathered for player in players.values())
-    trunk = trunk_states(policy, config, machine)
-    working = max(forward_working(role.shape, part, machine.compute) for role in roles)
-    forward = working + vocabulary_working(policy, config, machine, trains=False)
-    # On a GPU the copy that is written while training goes on lies in the host's memory.
-    copy = _checkpoint(roles, players) + _saving(roles, players) if config.save.background and machine.packs else 0.0
-    found = {
-        "load": _loading_divided(roles, config, machine, shard) if sharded else _loading(roles, machine),
-        "generate": {
-            "always": always,
-            "background save": copy,
-            "gathered weights": decoding,
-            "key/value cache": cache(policy, config, machine),
-            "working": decode_working(policy, config, machine),
-        },
-        "score": {
-            "always": always,
-            "background save": copy,
-            "gathered weights": gathered,
-            "lower layers' states": trunk,
-            "working": forward,
-        },
-        "train": {
-            "always": always,
-            "background save": copy,
-            "gathered weights": gathered,
-            "lower layers' states": trunk,
-            **_backward(roles, players, config, machine, sharded=sharded),
-        },
-        "save": {"always": always, "working": _saving(roles, players)} if machine.packs else {},
-    }
-    return {phase: {name: size for name, size in parts.items() if size} for phase, parts in found.items() if parts}
-
-
-def _loading(roles: Sequence[Role], machine: Machine) -> dict[str, float]:
-    """Each model is loaded whole; what players have in common is found, and freed, afterwards.
-
-    On a processor the pages of the file that is read, in bfloat16 as a rule, are resident too.
-    """
-    sizes = [float(role.parameters) for role in roles]
-    return {"weights": sum(sizes) * machine.compute, "file": 2 * max(sizes) if machine.packs else 0.0}
-
-
-def _loading_divided(
-    roles: Sequence[Role], config: PlanConfig, machine: Machine, shard: str
-) -> dict[str, float]:  # fmt: skip
-    """The largest sum, while the players are loaded one after the other (rewards, policy, critic, reference), of one
-    that stands whole in compute precision and what the earlier ones keep; what they have in common is found at the end.
-    """
-    later = ("policy", "critic", "reference")
-    order = [*(r for r in roles if r.name not in later), *(r for name in later for r in roles if r.name == name)]
-    kept = peak = 0.0
-    for role in order:
-        trained = min(held(role, config).trained, role.parameters)
-        divided = shard == "zero3" and not role.trained and not stays_whole(role, config)
-        peak = max(peak, kept + role.parameters * machine.compute)
-        frozen = (role.parameters - trained) * machine.compute / (machine.count if divided else 1)
-        kept += frozen + FLOAT32 * trained / machine.count
-    return {"weights": peak}
-
-
-def _saving(roles: Sequence[Role], players: dict[str, Bytes]) -> float:
-    """A checkpoint's file twice, tensor by tensor and as it is written; on a GPU this is the host's memory."""
-    return 2 * min(_checkpoint(roles, players), FILE_BYTES)
-
-
-def _checkpoint(roles: Sequence[Role], players: dict[str, Bytes]) -> float:
-    """Masters, moments and the average."""
-    trained = [role for role in roles if role.trained]
-    return sum(1.5 * players[role.name].moments + players[role.name].average for role in trained)
-
-
-def host_memory(
-    roles: Sequence[Role], players: dict[str, Bytes], config: PlanConfig, machine: Machine
-) -> dict[str, float]:  # fmt: skip
-    """What lies in the host's memory for all of its GPUs together: what is offloaded, the copy that is written."""
-    if machine.packs:
-        return {}
-    copy = _checkpoint(roles, players) + _saving(roles, players) if config.save.background else 0.0
-    found = {"offloaded": machine.count * sum(player.host for player in players.values()), "background save": copy}
-    return {name: size for name, size in found.items() if size}
-
-
-def _backward(
-    roles: Sequence[Role], players: dict[str, Bytes], config: PlanConfig, machine: Machine, *, sharded: bool
-) -> dict[str, float]:
-    """Gradients, activations and working memory at the worst moment of the update.
-
-    Policy and critic take turns in every microbatch, and both step at its minibatch's end. With one microbatch a
-    minibatch, the gradients of a player are not there yet when its backward pass begins; they are when a checkpointed
-    pass comes to its last layer, which it recomputes.
-    """
-    trained, part = [role for role in roles if role.trained], microbatch(config, machine)
-    alone = part.alone and config.ptx_weight is None
-    moments = [{"gradients": sum(players[role.name].gradients for role in trained)}]
-    for number, role in enumerate(trained):
-        there = trained[: number + int(config.compute.gradient_checkpointing)] if alone else trained
-        working = max(
-            vocabulary_working(role, config, machine, trains=True), backward_working(role.shape, part, machine.compute)
-        )
-        if sharded:  # of one unit: the gradient before it is divided, in compute precision and in float32
-            unit = max(role.shape.layer, role.shape.embedding + role.shape.unembedding)
-            working += min(held(role, config).trained, unit) * (machine.compute + FLOAT32)
-        moments.append(
-            {
-                "gradients": sum(players[other.name].gradients for other in there),
-                "activations": players[role.name].activations,
-                "working": working,
-            }
-        )
-    return max(moments, key=lambda parts: sum(parts.values()))
 
 
 def _longest(config: PlanConfig) -> int:

@@ -20,7 +20,7 @@ from ppomax.models.load import (
 )
 from ppomax.models.players import Policy, Scalar, expect_equal_rows
 from ppomax.models.shard import shard
-from ppomax.models.share import share_frozen, share_trunk
+from ppomax.models.share import share_frozen, share_trunk, twin
 from ppomax.monitor.clock import Clock
 from ppomax.rewards.callables import RewardFunction, expect_takes, function_name, limited, load_function
 from ppomax.rewards.mixture import Term, is_function, parse_terms
@@ -62,9 +62,10 @@ def load_players(
 ) -> Players:
     """Load everything; `tokenizer` is the policy's, `columns` are what reward functions are given beside the texts.
 
-    What does not fit together is a SetupError before any sampling.
+    What does not fit together is a SetupError before any sampling. Frozen weights that players have in common are in
+    memory once, and are so before the next player is loaded.
     """
-    layers = config.compute.train_layers
+    layers, training = config.compute.train_layers, training_of(config.compute, config.seed)
     terms = [Term(function_name(reward), 1.0, reward)] if reward is not None else load_terms(
         config.reward, tokenizer, compute, config.compute, by_text=bool(config.sampling.stop)
     )  # fmt: skip
@@ -76,31 +77,33 @@ def load_players(
         else replace(t, reward=limited(t.reward, config.reward_timeout, name=t.name))
         for t in terms
     ]  # fmt: skip
-    trained = load_causal_lm(config.policy, compute)
-    policy = shard(Policy(trained, trained=True, **training_of(config.compute, config.seed)), compute, config.compute)
-    critic = _load_critic(config, config.critic.init, compute, tokenizer, terms) if config.critic.init else None
     frozen = config.reference or config.policy
     if frozen != config.policy and not same_vocabulary(load_tokenizer(frozen, config.compute.chat_template), tokenizer):
         raise SetupError(f"reference: {frozen} has another vocabulary than the policy {config.policy}")
     reference = Policy(load_causal_lm(frozen, compute), train_layers=layers, trained=False)
-    if config.kl.estimator == "full":  # the policy's pass reads the reference's weights, so they stay whole
+    start = twin(reference.model, config.compute) if frozen == config.policy else None
+    whole = config.kl.estimator == "full"  # the policy's pass reads the reference's weights
+    reference = reference if whole else shard(reference, compute, config.compute)
+    policy = Policy(start or load_causal_lm(config.policy, compute), trained=True, **training)
+    policy = shard(policy, compute, config.compute)
+    if whole:
         expect_equal_rows(
             policy, reference, what=f"kl.estimator full with the reference {frozen}", instead="take k1, k2 or k3"
         )
-    else:
-        reference = shard(reference, compute, config.compute)
+    models = {t.name: t.reward for t in terms if isinstance(t.reward, RewardModel)}
     if layers is not None:
         share_trunk(policy, reference, roles=("policy", "reference"))
-        if critic is not None:
-            share_trunk(policy, critic, roles=("policy", "critic"))
-        for term in terms:
-            if isinstance(term.reward, RewardModel) and term.reward.reads_ids:
-                share_trunk(policy, term.reward.scalar, roles=("policy", f"reward {term.name}"))
+        for name, model in models.items():
+            if model.reads_ids:
+                share_trunk(policy, model.scalar, roles=("policy", f"reward {name}"))
     if config.compute.lora_rank is not None:
         share_frozen(policy, reference)
-        for term in terms:
-            if critic is not None and isinstance(term.reward, RewardModel):
-                share_frozen(critic, term.reward.scalar)
+    critic = _load_critic(config, config.critic.init, compute, tokenizer, terms) if config.critic.init else None
+    if critic is not None and layers is not None:
+        share_trunk(policy, critic, roles=("policy", "critic"))
+    if critic is not None and config.compute.lora_rank is not None:
+        for model in models.values():
+            share_frozen(critic, model.scalar)
     return Players(policy, reference, critic, terms, tokenizer, compute, Clock(compute.device))
 
 
@@ -137,7 +140,7 @@ def load_reward_model(
 
 def _load_critic(config: PPOConfig, init: str, compute: Compute, tokenizer: Any, terms: list[Term]) -> Scalar:
     name: str
-    seed: int | None = None
+    model, seed = None, None
     if init == "reward":
         models = [term.reward for term in terms if isinstance(term.reward, RewardModel)]
         if not models:
@@ -150,14 +153,14 @@ def _load_critic(config: PPOConfig, init: str, compute: Compute, tokenizer: Any,
                 f"critic.init: the reward model {models[0].name} has another vocabulary than the policy, so a critic "
                 "cannot start from it; use --critic.init policy"
             )
-        name = models[0].name
+        name, model = models[0].name, twin(models[0].scalar.model, config.compute)
     elif init == "policy":
         name, seed = config.policy, config.seed
     else:
         name = init
         if not same_vocabulary(load_tokenizer(name, config.compute.chat_template), tokenizer):
             raise SetupError(f"critic.init: {name} has another vocabulary than the policy; use --critic.init policy")
-    model = load_scalar_lm(name, compute, fresh_head_seed=seed)
+    model = model or load_scalar_lm(name, compute, fresh_head_seed=seed)
     return shard(Scalar(model, trained=True, **training_of(config.compute, config.seed)), compute, config.compute)
 
 
