@@ -50,7 +50,7 @@ quickstart: $(INSTALLED) ## SFT, reward model, PPO-max, evaluation of a real mod
 # Several single-threaded processes: the tests' models are too small for a second thread to help.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --ignore tests/gpu
 
-test: $(INSTALLED) ## all tests
+test: $(INSTALLED) ## all tests but test-faults and test-gpu
 	@$(PYTEST) $(ARGS)
 
 test-fast: $(INSTALLED) ## all tests but the slow ones

@@ -34,9 +34,20 @@ if TYPE_CHECKING:
         ScoreConfig,
         SFTConfig,
     )
+    from ppomax.config.recipes import recipe
+    from ppomax.errors import (
+        DamagedError,
+        DataError,
+        Interrupted,
+        NonFiniteError,
+        ProcessLost,
+        SaveError,
+        SetupError,
+    )
     from ppomax.monitor.report import write_report
     from ppomax.stages.chat import chat
     from ppomax.stages.checkpoint import checkpoint
+    from ppomax.stages.doctor import doctor
     from ppomax.stages.evaluate import evaluate
     from ppomax.stages.plan import plan
     from ppomax.stages.ppo import ppo
@@ -52,14 +63,19 @@ __all__ = [
     "ChatConfig",
     "CheckpointConfig",
     "CriticConfig",
+    "DamagedError",
+    "DataError",
     "DoctorConfig",
     "EvaluateConfig",
+    "Interrupted",
     "KLConfig",
     "ModelConfig",
+    "NonFiniteError",
     "ObjectiveConfig",
     "OptimConfig",
     "PPOConfig",
     "PlanConfig",
+    "ProcessLost",
     "QuickstartConfig",
     "RankConfig",
     "ReplayConfig",
@@ -68,19 +84,25 @@ __all__ = [
     "SFTConfig",
     "SamplingConfig",
     "SaveConfig",
+    "SaveError",
     "ScoreConfig",
+    "SetupError",
     "chat",
     "checkpoint",
+    "doctor",
     "evaluate",
     "plan",
     "ppo",
     "quickstart",
     "rank",
+    "recipe",
     "replay",
     "reward",
     "sft",
     "write_report",
 ]
+
+_ELSEWHERE = {"recipe": "ppomax.config.recipes", "write_report": "ppomax.monitor.report"}
 
 
 def __getattr__(name: str) -> Any:
@@ -94,7 +116,9 @@ def __getattr__(name: str) -> Any:
 def _home(name: str) -> str:
     if name.endswith("Config"):
         return "ppomax.config"
-    return "ppomax.monitor.report" if name == "write_report" else f"ppomax.stages.{name}"
+    if name[0].isupper():
+        return "ppomax.errors"
+    return _ELSEWHERE.get(name, f"ppomax.stages.{name}")
 
 
 def __dir__() -> list[str]:

@@ -6,11 +6,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from ppomax.config.layers import nearest
+from ppomax.config.layers import nearest, overlay
 from ppomax.config.ppo import CriticConfig, KLConfig, ObjectiveConfig, PPOConfig, ScoreConfig
-from ppomax.config.schema import ModelConfig, OptimConfig, RewardConfig, SamplingConfig, SFTConfig
+from ppomax.config.schema import ModelConfig, OptimConfig, RewardConfig, SamplingConfig, SaveConfig, SFTConfig
 from ppomax.errors import SetupError
 
 C = TypeVar("C")
@@ -18,6 +18,7 @@ C = TypeVar("C")
 PPO_RECIPES: dict[str, Callable[[], PPOConfig]] = {}
 REWARD_RECIPES: dict[str, Callable[[], RewardConfig]] = {}
 SFT_RECIPES: dict[str, Callable[[], SFTConfig]] = {}
+RECIPES: dict[str, dict[str, Callable[[], Any]]] = {"sft": SFT_RECIPES, "reward": REWARD_RECIPES, "ppo": PPO_RECIPES}
 
 
 def _ppo(function: Callable[[], PPOConfig]) -> Callable[[], PPOConfig]:
@@ -144,6 +145,7 @@ def paper_7b_zh() -> PPOConfig:
     return ppo_max().model_copy(update=_PAPER_7B)
 
 
+_COMPUTE_SMALL = ModelConfig(train_layers=10, tokens_per_microbatch=2048)
 _COMPUTE_7B = ModelConfig(dtype="bfloat16", gradient_checkpointing=True)
 _PAPER_7B: dict[str, object] = {
     "iterations": 2_500,  # four optimiser steps each: 10,000
@@ -155,6 +157,32 @@ _PAPER_7B: dict[str, object] = {
 
 def _without_critic(**settings: object) -> PPOConfig:
     return PPOConfig(critic=CriticConfig(init=None, pretrain_iterations=0), **settings)  # type: ignore[arg-type]
+
+
+@_ppo
+def small() -> PPOConfig:
+    """PPO-max for models of some hundred million parameters on a processor, as in the quickstart: the upper ten layers,
+    lr 1.5e-4 (critic 3e-4), 64 responses an iteration, four to a prompt. Reward model: `reward --recipe small`."""
+    return PPOConfig(
+        iterations=20, rollout_batch=64, samples_per_prompt=4, minibatch=16, gae_lambda=0.95, ema=0.9,
+        optim=OptimConfig(lr=1.5e-4), critic=CriticConfig(optim=OptimConfig(lr=3e-4)), save=SaveConfig(every=5),
+        compute=_COMPUTE_SMALL,
+    )  # fmt: skip
+
+
+@_reward
+def reward_small() -> RewardConfig:
+    """For a processor, as in the quickstart: the upper ten layers, lr 3e-4, two epochs, LM term 0.1."""
+    return RewardConfig(
+        epochs=2, tokens_per_batch=2560, lm_weight=0.1, eval_every=25, optim=OptimConfig(lr=3e-4),
+        compute=_COMPUTE_SMALL,
+    )  # fmt: skip
+
+
+@_sft
+def sft_small() -> SFTConfig:
+    """For a processor, as in the quickstart: the upper ten layers, lr 2e-4, two epochs."""
+    return SFTConfig(optim=OptimConfig(lr=2e-4), compute=_COMPUTE_SMALL)
 
 
 @_reward
@@ -216,6 +244,17 @@ def sft_paper_7b_en() -> SFTConfig:
 def sft_paper_7b_zh() -> SFTConfig:
     """As paper-7b-en; what differs is the data and the model (OpenChineseLLaMA)."""
     return sft_paper_7b_en()
+
+
+def recipe(name: str, **settings: Any) -> Any:
+    """The configuration of a recipe, `verb/name` as in `ppomax recipes`, with settings laid over it as flags are.
+
+        recipe("ppo/small", policy="runs/sft/final", critic={"init": "policy"})
+
+    Raises SetupError for an unknown recipe or key, and for a value that cannot be.
+    """
+    known = {f"{verb}/{short}": make for verb, recipes in RECIPES.items() for short, make in recipes.items()}
+    return overlay(recipe_named(name, known), settings, origin=f"recipe {name}")
 
 
 def recipe_named(name: str, recipes: Mapping[str, Callable[[], C]]) -> C:
