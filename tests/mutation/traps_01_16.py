@@ -14,6 +14,7 @@ FAMILIES, IDENTITY = "tests/models/test_architectures.py", "tests/stages/test_sc
 SCORING, UPDATE, CHOICES = (
     "tests/stages/test_scoring.py", "tests/stages/test_update.py", "tests/stages/test_choices.py"
 )  # fmt: skip
+ESTIMATE, STEERING = "tests/stages/test_estimate.py", "tests/stages/test_steering.py"
 
 MUTATIONS = [
     Mutation(
@@ -258,13 +259,43 @@ MUTATIONS = [
         "        moves = config.rollout_batch // config.minibatch\n"
         "        for _ in range(0 if config.kl.target is None or pretraining else moves):\n"
         "            self.steering.kl = adaptive_coefficient(",
-        (f"{CHOICES}::test_trap_15_the_kl_coefficient_follows_its_target_once_an_iteration",),
+        (f"{STEERING}::test_trap_15_the_kl_coefficient_follows_its_target_once_an_iteration",),
+    ),
+    Mutation(
+        15, "the reward does not take the coefficient that was steered", "stages/ppo.py",
+        "experience, rewards_BR = estimate(scored, job.seen, config, kl_coefficient=job.steering.kl)",
+        "experience, rewards_BR = estimate(scored, job.seen, config)",
+        (f"{STEERING}::test_trap_15_the_kl_coefficient_follows_its_target_once_an_iteration",),
+    ),
+    Mutation(
+        15, "a KL in the loss does not take the coefficient that was steered", "stages/update.py",
+        "in_loss = steering.kl if",
+        "in_loss = (config.kl.coefficient or 0.0) if",
+        (f"{STEERING}::test_trap_15_the_update_takes_the_coefficients_that_were_steered[KL in the loss]",),
+    ),
+    Mutation(
+        15, "the penalty is not the one that was steered", "stages/update.py",
+        "penalty=steering.penalty",
+        "penalty=config.objective.penalty",
+        (f"{STEERING}::test_trap_15_the_update_takes_the_coefficients_that_were_steered[penalty]",),
     ),
     Mutation(
         16, "the history leaves the current batch out", "stages/estimate.py",
         "return History(history.scores.update(scores),",
         "return History(history.scores,",
         (f"{SCORING}::test_trap_16_the_history_includes_every_batch_up_to_the_current_one",),
+    ),
+    Mutation(
+        16, "rolling returns are those of this batch alone", "stages/estimate.py",
+        "    returns = history.returns\n",
+        "    returns = Moments()\n",
+        (f"{ESTIMATE}::test_trap_16_reward_scaling_remembers_earlier_batches",),
+    ),
+    Mutation(
+        16, "a source's history is this batch alone", "stages/estimate.py",
+        "update_by_source(history.by_source, scores, sources)",
+        "update_by_source({}, scores, sources)",
+        (f"{ESTIMATE}::test_trap_16_sources_and_rolling_returns_are_measured_over_all_batches",),
     ),
     Mutation(
         16, "the history's std is the unbiased one", "rl/shaping.py",

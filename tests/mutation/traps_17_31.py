@@ -18,6 +18,7 @@ REWARD, LABEL, RESUME, CHOICES = (
     "tests/stages/test_reward.py", "tests/stages/test_label.py", "tests/stages/test_resume.py",
     "tests/stages/test_choices.py",
 )  # fmt: skip
+STEERING = "tests/stages/test_steering.py"
 
 MUTATIONS = [
     Mutation(
@@ -89,6 +90,18 @@ MUTATIONS = [
         (f"{OPTIMISER}::test_trap_21_the_clip_is_global_over_all_parameters",),
     ),
     Mutation(
+        20, "the gradient of a minibatch that was too far away stays for the next step", "stages/update.py",
+        "                _forget(optimisers)\n",
+        "",
+        (f"{STEERING}::test_trap_20_a_distance_that_ends_an_iteration_leaves_no_gradient_behind",),
+    ),
+    Mutation(
+        21, "each process clips by the norm of its own shards", "engine/optimiser.py",
+        "float(norm.full_tensor() if isinstance(norm, DTensor) else norm)",
+        "float(norm.to_local() if isinstance(norm, DTensor) else norm)",
+        ("tests/parity/test_two_processes.py::test_trap_21_the_norm_that_is_clipped_is_that_of_all_shards[zero2]",),
+    ),
+    Mutation(
         21, "the critic's gradient is not clipped", "stages/ppo_setup.py",
         "critic = Optimiser(players.critic.trained_parameters(), **adamw(config.critic.optim))",
         'settings = {**adamw(config.critic.optim), "max_grad_norm": None}\n'
@@ -112,6 +125,18 @@ MUTATIONS = [
         "return 0 if all(map(math.isfinite, norms)) else failures + 1",
         "return 0 if all(map(math.isfinite, norms)) else 1",
         (f"{UPDATE}::test_trap_21_five_such_steps_in_a_row_end_the_run",),
+    ),
+    Mutation(
+        22, "the policy waits for the whole of the critic's iterations", "stages/update.py",
+        "    pretraining = steering.pretraining(iteration, config)\n",
+        "    pretraining = iteration < config.critic.pretrain_iterations\n",
+        (f"{STEERING}::test_trap_22_pre_training_ends_when_the_value_loss_has_converged",),
+    ),
+    Mutation(
+        22, "the policy's schedule begins after iterations that did not take place", "stages/update.py",
+        "start = config.critic.pretrain_iterations if steering.pretrained is None else steering.pretrained",
+        "start = config.critic.pretrain_iterations",
+        (f"{STEERING}::test_trap_22_the_policy_begins_where_the_critics_training_ended",),
     ),
     Mutation(
         22, "after the end the cosine rises again", "engine/optimiser.py",

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from stages.conftest import Toys, Trained
-from stages.toy import CALM, FLOAT32, expect_alike, ppo_config, reward_config, sft_config
+from stages.toy import CALM, FLOAT32, expect_alike, metrics, ppo_config, reward_config, sft_config
 
 from parity.processes import WORLD, run, run_in_two
 from ppomax.config import CriticConfig, KLConfig, ModelConfig, ObjectiveConfig, SaveConfig
@@ -19,6 +19,8 @@ from ppomax.engine.checkpoint import checkpoints, save_checkpoint
 from ppomax.engine.rundir import Run
 from ppomax.stages.session import Session
 
+# A clip that binds: a norm of one process's shards alone would scale its gradients otherwise.
+CLIPPED = CALM.model_copy(update={"max_grad_norm": 0.02})
 SMALL = FLOAT32.model_copy(update={"tokens_per_microbatch": 160})
 
 
@@ -32,6 +34,7 @@ def runs(folder: Path, trained: Trained, trained_above: Trained, toys: Toys) -> 
     rewarded = {"reward": (trained.reward,), "critic": by_reward, "optim": CALM}
     top = {"reward": (trained_above.reward,), "critic": by_reward, "optim": CALM}
     plain = {"optim": CALM, "critic": CriticConfig(init="policy", pretrain_iterations=1, optim=CALM)}
+    clipped = {"reward": (trained.reward,), "critic": by_reward.model_copy(update={"optim": CLIPPED}), "optim": CLIPPED}
     learn = {"ptx_data": (toys.dialogues,), "ptx_weight": 0.5, "ptx_batch": 3}
     age = {"buffer": 2, "objective": ObjectiveConfig(importance_cap=2.0), "ema": 0.9}
 
@@ -49,8 +52,8 @@ def runs(folder: Path, trained: Trained, trained_above: Trained, toys: Toys) -> 
             folder / "reward-top", trained.sft, toys.pairs, compute=compute(train_layers=1), optim=CALM, epochs=1
         ),
         "twenty": ppo("twenty", trained.sft, iterations=20, **rewarded),
-        "zero2": ppo("zero2", trained.sft, compute=compute(shard="zero2"), whiten_advantages=True, **rewarded, **learn),
-        "none": ppo("none", trained.sft, compute=compute(shard="none"), whiten_advantages=True, **rewarded, **learn),
+        "zero2": ppo("zero2", trained.sft, compute=compute(shard="zero2"), whiten_advantages=True, **clipped, **learn),
+        "none": ppo("none", trained.sft, compute=compute(shard="none"), whiten_advantages=True, **clipped, **learn),
         "none trunk": ppo(
             "none-trunk", trained_above.sft, compute=compute(train_layers=1, shard="none"), save=SaveConfig(every=1),
             **top, **learn,
@@ -96,6 +99,22 @@ NAMES = [*runs(Path(), Trained(Path(), Path()), Trained(Path(), Path()), Toys(""
 @pytest.mark.parametrize("name", NAMES)
 def test_two_processes_do_what_one_does(both: tuple[dict[str, Any], dict[str, Any]], name: str) -> None:
     expect_alike(both[0][name].run_dir, both[1][name].run_dir, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["zero2", "none"])
+def test_trap_21_the_norm_that_is_clipped_is_that_of_all_shards(
+    both: tuple[dict[str, Any], dict[str, Any]], name: str
+) -> None:
+    alone, shared = (metrics(side[name].run_dir) for side in both)
+    compared = 0
+    for role in ("policy", "critic"):
+        for row, other in zip(alone, shared, strict=True):
+            if (norm := row.get(f"grad_norm_{role}")) is not None:
+                assert norm > 2 * (CLIPPED.max_grad_norm or 0.0), "the clip binds"
+                assert other[f"grad_norm_{role}"] == pytest.approx(norm, rel=1e-3)
+                compared += 1
+    assert compared >= 4
 
 
 def going_on(rank: int, folder: str, jobs: list[Any]) -> None:

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 
@@ -69,6 +70,8 @@ def test_every_part_has_its_keys(run: tuple[PPOConfig, list[dict[str, Any]]]) ->
     assert "tokens/score/reward/stages.toy:share_of_e" not in row
     assert not {"seconds/train/policy", "seconds/train/ptx", "flops/train/policy"} & critic_only.keys()
     assert row["tokens_per_second"] == pytest.approx(row["tokens/generated"] / row["seconds/total"])
+    used = psutil.Process().memory_info().rss / 2**30
+    assert 0.5 * used < row["peak_memory_gib"] < 100, "of this process, in GiB"
 
 
 def test_parts_add_up(run: tuple[PPOConfig, list[dict[str, Any]]]) -> None:

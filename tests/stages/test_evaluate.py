@@ -142,18 +142,19 @@ def test_rewards_agree_with_plain_transformers_and_best_of_n_takes_the_highest(
     assert set(summary["reward_model"]) == {"share_of_e", "length_reward"}
     model = AutoModelForSequenceClassification.from_pretrained(trained.reward)
     tokenizer = load_tokenizer(trained.sft)
-    checked = 0
-    for prompt, row in zip(
-        itertools.chain.from_iterable([p, p] for p in read_prompts(toys.prompts)[0]), rows_of(config), strict=True
-    ):
-        answer = tokenizer(row["before"])["input_ids"]
-        if len(answer) > 8 or "\ufffd" in row["before"]:
-            continue  # cut by the limit, or not to be encoded again
-        ids = [*render_prompt(tokenizer, prompt.messages), *answer, tokenizer.eos_token_id]
-        with torch.no_grad():
-            score = float(model.model(torch.tensor([ids])).last_hidden_state[0, -1] @ model.score.weight[0])
-        checked += abs(score - row["reward_before"]) < 1e-4
-    assert checked >= 10
+    prompts = itertools.chain.from_iterable([p, p] for p in read_prompts(toys.prompts)[0])
+    found: dict[str, list[bool]] = {"before": [], "after": []}
+    for prompt, row in zip(prompts, rows_of(config), strict=True):
+        for side, agrees in found.items():
+            answer = tokenizer(row[side])["input_ids"]
+            if len(answer) > 8 or "\ufffd" in row[side]:
+                continue  # cut by the limit, or not to be encoded again
+            ids = [*render_prompt(tokenizer, prompt.messages), *answer, tokenizer.eos_token_id]
+            with torch.no_grad():
+                score = float(model.model(torch.tensor([ids])).last_hidden_state[0, -1] @ model.score.weight[0])
+            agrees.append(abs(score - row[f"reward_{side}"]) < 1e-4)
+    for agrees in found.values():  # of another row none would; space around an answer is not in its text
+        assert len(agrees) >= 10 and sum(agrees) >= 0.5 * len(agrees)
 
 
 def test_a_model_against_itself_ties_in_everything(trained: Trained, toys: Toys, tmp_path: Path) -> None:

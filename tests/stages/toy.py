@@ -256,6 +256,11 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in row.items() if not k.startswith(volatile)} for row in rows]
 
 
+def column(config: PPOConfig, name: str) -> list[float]:
+    """One measure of every iteration of a run."""
+    return [row[name] for row in metrics(config.run_dir)]
+
+
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     """The tensors of a model directory."""
     return load_file(folder / "model.safetensors")
