@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -375,6 +376,13 @@ def test_the_module_runs_as_a_program(here: Path) -> None:
     done = subprocess.run(command, input="hello\n/quit\n", capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.strip()) > 0
+
+
+def test_a_terminal_that_knows_ascii_alone_is_no_reason_to_fail() -> None:
+    ascii_only = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-m", "ppomax", "recipes"], capture_output=True, text=True, env=ascii_only)
+    assert done.returncode == 0, done.stderr
+    assert "?_rm = 1" in done.stdout
 
 
 def test_schemas_are_the_ones_of_the_python_api() -> None:

@@ -214,3 +214,13 @@ def test_what_would_do_nothing_is_refused(changes: dict[str, Any], message: str)
     expect_possible(PPOConfig())
     with pytest.raises(SetupError, match=message):
         expect_possible(PPOConfig(**changes))
+
+
+def test_names_in_a_summary_are_shown_whole(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    name = "accuracy_by_source.a_source_of_many_letters.accuracy_ci95"
+    show_summary(Path("nowhere"), {name: [0.25, 0.5], "reasons": ["One sentence.", "And a second one."]})
+    out = capsys.readouterr().out
+    assert name in out and "sentence., " not in out

@@ -153,6 +153,18 @@ def test_json_that_is_no_list_gets_advice(tmp_path: Path) -> None:
         rows_of(path)
 
 
+def test_json_files_may_hold_an_object_a_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text('{"prompt": "a"}\n\n{"prompt": "b"}\n')
+    assert [(row.fields["prompt"], row.place) for row in iter_rows(str(path))] == [
+        ("a", f"{path}:1"),
+        ("b", f"{path}:3"),
+    ]
+    path.write_text('{"prompt": "a"}\n{"prompt": "b"}\n{"prompt"}\n')
+    with pytest.raises(DataError, match=r"rows\.json:3: malformed JSON"):
+        rows_of(path)
+
+
 def test_invalid_utf8_names_line_and_byte(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes('{"prompt": "a"}\n{"prompt": "é"}\n'.encode("latin-1"))

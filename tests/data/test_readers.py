@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from ppomax.data.chat import CHATML
+from ppomax.data.chat import CHATML, render_dialogue
 from ppomax.data.readers import prompt_key, read_dialogues, read_pairs, read_prompts
 from ppomax.types import DataError
 
@@ -242,6 +242,32 @@ def test_an_empty_response_leaves_its_ranking_alone(write: Callable[..., Path]) 
     pairs, report = read_pairs(str(path))
     assert [(p.chosen, p.rejected, p.gap) for p in pairs] == [("b", "a", 1.0)]
     assert str(report).endswith(f"noted 1 empty response left out of its ranking (first {path}:1)")
+
+
+def test_trap_24_ties_make_no_pair_and_are_counted(write: Callable[..., Path]) -> None:
+    path = write(
+        {"prompt": "q", "responses": ["a", "b", "c"], "scores": [1, 2, 2]},
+        {"prompt": "q", "chosen": "a", "rejected": "b", "score_chosen": 3, "score_rejected": 3},
+    )
+    pairs, report = read_pairs(str(path))
+    assert {(p.chosen, p.rejected) for p in pairs} == {("b", "a"), ("c", "a")}
+    assert f"dropped 1 score_chosen equal to score_rejected (first {path}:2)" in str(report)
+    assert f"noted 1 tie in a ranking, which makes no pair (first {path}:1)" in str(report)
+
+
+def test_a_greeting_is_read_and_not_learnt(write: Callable[..., Path], tiny_tokenizer: Any) -> None:
+    greeting = ("assistant", "Hi, how can I help?")
+    path = write(
+        {"messages": messages(greeting, ("user", "Name a colour."), ("assistant", "Blue."))},
+        {"messages": messages(greeting)},
+    )
+    (dialogue,), report = read_dialogues(str(path), tiny_tokenizer)
+    ids, mask = render_dialogue(tiny_tokenizer, dialogue, max_length=512)
+    assert tiny_tokenizer.decode(ids).count("Hi, how can I help?") == 1
+    learnt = tiny_tokenizer.decode([i for i, counts in zip(ids, mask, strict=True) if counts], skip_special_tokens=True)
+    assert learnt.strip() == "Blue."
+    assert f"noted 1 opening answer not learnt (first {path}:1)" in str(report)
+    assert f"dropped 1 empty prompt (first {path}:2)" in str(report)
 
 
 def test_a_file_of_several_schemas_is_noted_with_its_lines(write: Callable[..., Path]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from ppomax.rewards.callables import call, expect_takes, judged, limited, load_function, shared_columns
+from ppomax.rewards.callables import OVER, call, expect_takes, judged, limited, load_function, shared_columns
 from ppomax.types import DataError, Message, Prompt, SetupError
 
 PROMPTS = [(Message(role="user", content="one"),), (Message(role="user", content="two"),)]
@@ -178,6 +179,39 @@ def test_the_time_limit_holds_for_a_function_that_tries_again_after_every_error(
     with pytest.raises(DataError, match="no answer after 0.05 seconds"):
         call(limited(reward, 0.05, name="mine"), PROMPTS, RESPONSES, {}, name="mine")
     assert len(tries) == (1 if caught is Exception else 2)
+
+
+def test_the_time_limit_holds_for_a_function_that_limits_itself_by_the_clocks_signal() -> None:
+    def reward(prompts: Any, responses: Any, **columns: Any) -> list[float]:
+        signal.alarm(60)
+        signal.alarm(0)  # there is one such clock in a process
+        time.sleep(60)
+        return [0.0]
+
+    with pytest.raises(DataError, match="no answer after 0.05 seconds"):
+        call(limited(reward, 0.05, name="mine"), PROMPTS, RESPONSES, {}, name="mine")
+
+
+def test_the_time_limit_leaves_a_fast_function_and_the_callers_handler_alone() -> None:
+    before = signal.getsignal(OVER)
+    ended = 0
+    for number in range(40):  # busy, without ever waiting, until just before or after the limit
+
+        def busy(
+            prompts: Any, responses: Any, *, until: float = time.monotonic() + 0.01 + number * 5e-4, **_: Any
+        ) -> Any:
+            while time.monotonic() < until:
+                pass
+            return [1.0] * len(responses)
+
+        try:
+            found, _ = call(limited(busy, 0.013, name="mine"), PROMPTS, RESPONSES, {}, name="mine")
+            assert found == [1.0] * len(RESPONSES)
+        except DataError:
+            ended += 1
+        assert signal.getsignal(OVER) is before
+    assert 0 < ended < 40
+    time.sleep(0.1)  # what rang now would end the process
 
 
 def asked(text: str, **columns: Any) -> Prompt:

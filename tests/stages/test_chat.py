@@ -106,6 +106,17 @@ def test_a_message_that_is_not_utf8_is_refused(speaker: Speaker) -> None:
         reply(speaker, b"caf\xe9".decode(errors="surrogateescape"), SAMPLING, 0, turn=0)
 
 
+def test_a_line_that_is_not_utf8_does_not_end_the_dialogue(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, speaker: Speaker
+) -> None:
+    given = io.TextIOWrapper(io.BytesIO(b"caf\xe9\nhello\n"), encoding="utf-8", errors="strict")
+    monkeypatch.setattr("sys.stdin", given)
+    chat(TINY)
+    out = capsys.readouterr().out
+    assert "found bytes that are not UTF-8" in out.replace("\n", " ")
+    assert reply(speaker, "hello", SAMPLING, 0, turn=1) in out
+
+
 def test_stdin_is_a_dialogue_of_one_message_a_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, speaker: Speaker
 ) -> None:

@@ -103,6 +103,9 @@ def test_trap_24_ties_and_empty_losers_make_no_pair(trained: Trained, toys: Toys
     assert set(differences(0.0)) == {1.0, 2.0}
     assert set(differences(1.0)) == {2.0}
     assert differences(2.0) == {}
+    for tie, dropped in ((0.0, 0), (1.0, 2), (2.0, 3)):  # of three answers with the scores 0, 1, 2
+        counts = json.loads((tmp_path / f"{tie}.json").read_text())
+        assert counts["ties"] == dropped * counts["prompts"]
 
 
 def test_a_judge_or_a_length_that_cannot_work_writes_nothing(trained: Trained, toys: Toys, tmp_path: Path) -> None:

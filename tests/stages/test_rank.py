@@ -63,6 +63,15 @@ def test_on_the_command_line(trained: Trained, tmp_path: Path, capsys: pytest.Ca
     assert "accuracy_by_source.easy" in printed and "compared_with.agreement" in printed
 
 
+def test_a_reward_model_is_asked_through_its_own_template(trained: Trained, tmp_path: Path) -> None:
+    data = write_rows(tmp_path / "pairs.jsonl", rows())
+    found = {}
+    for name, compute in (("own", FLOAT32), ("given", FLOAT32.model_copy(update={"chat_template": "role-tags"}))):
+        config = RankConfig(run_dir=tmp_path / name, reward=trained.reward, data=(data,), compute=compute)
+        found[name] = rank(config)["margin_histogram"]
+    assert found["own"] == found["given"]
+
+
 def test_a_policy_is_no_reward_model(trained: Trained, toys: Toys, tmp_path: Path) -> None:
     with pytest.raises(SetupError, match="no trained score head"):
         rank(RankConfig(run_dir=tmp_path / "run", reward=trained.sft, data=(toys.pairs,), compute=FLOAT32))

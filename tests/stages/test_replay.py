@@ -47,7 +47,7 @@ def test_the_batch_is_kept_without_pickle_and_the_message_says_what_to_do(
     words += " --minibatch 4 --sampling.max-new-tokens 6 --compute.dtype float32 --optim.lr 1e30 --optim.warmup 0"
     assert main(words.split()) == 1
     said = " ".join(capsys.readouterr().err.split())
-    assert "error: iteration 1: the gradient was not finite in 5 steps in a row; nothing was changed by them" in said
+    assert "error: iteration 1: the gradient was not finite in 5 steps in a row; the player whose it was" in said
     assert f"The batch is in {tmp_path / 'run' / 'nonfinite' / 'iteration-1'}; to look into it: ppomax replay" in said
     kinds = {path.suffix for path in (tmp_path / "run" / "nonfinite").rglob("*") if path.is_file()}
     assert kinds == {".safetensors", ".json"}

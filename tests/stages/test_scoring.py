@@ -16,7 +16,9 @@ from ppomax.data.chat import render_prompt, render_response
 from ppomax.rewards.model import RewardModel
 from ppomax.stages.estimate import estimate, seen
 from ppomax.stages.reward import reward
+from ppomax.stages.scoring import expect_known
 from ppomax.stages.update import update
+from ppomax.types import SetupError
 from stages import toy
 from stages.conftest import Toys, Trained
 from stages.toy import FirstIteration, first_iteration, length_reward, ppo_config, prepared
@@ -257,3 +259,20 @@ def test_a_fixed_clip_without_normalising_clips_the_score_itself(trained: Traine
     _, rewards_BR = estimate(it.scored, it.seen, config)
     assert rewards_BR.sum(1).tolist() == [min(len(text), 7.5) for text in it.texts]
     assert max(map(len, it.texts)) > 7.5 > min(map(len, it.texts))
+
+
+def test_an_id_that_another_player_has_no_embedding_for_is_refused_by_name(
+    trained: Trained, toys: Toys, tmp_path: Path
+) -> None:
+    critic = CriticConfig(init="policy", pretrain_iterations=0)
+    job = prepared(ppo_config(tmp_path / "run", trained.sft, toys.prompts, reward=(trained.reward,), critic=critic))
+    rollout = job.roll_out(0)
+    expect_known(job.players, rollout)
+    rows = job.players.reference.base.get_input_embeddings().num_embeddings
+    rollout.response_ids_BR[0, 0] = rows
+    with pytest.raises(SetupError, match=f"reference: found {rows} embeddings, expected more than {rows}, an id that"):
+        expect_known(job.players, rollout)
+    job.players.reference.base.get_input_embeddings().num_embeddings += 1
+    job.players.critic.base.get_input_embeddings().num_embeddings += 1
+    with pytest.raises(SetupError, match="reward reward: found"):
+        expect_known(job.players, rollout)

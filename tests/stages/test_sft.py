@@ -16,7 +16,7 @@ from ppomax.data.split import split_by_key
 from ppomax.engine.optimiser import learning_rate
 from ppomax.models.embedded import embedded_directory
 from ppomax.stages.sft import sft
-from ppomax.types import DataError
+from ppomax.types import DataError, SetupError
 from stages.conftest import Toys, Trained
 from stages.toy import (
     CALM,
@@ -211,3 +211,12 @@ def test_held_out_rows_that_do_not_fit_are_named_as_such(tmp_path: Path) -> None
         sft(config)
     with pytest.raises(DataError, match="^none of 6 dialogues has an answer within 8 tokens"):
         sft(sft_config(tmp_path / "none", config.data[1], heldout=0.0, max_length=8))
+
+
+def test_held_out_rows_beyond_the_models_positions_are_refused_too(tmp_path: Path) -> None:
+    short, long = [{"prompt": f"q{i}?", "response": "Yes."} for i in range(6)], {"prompt": "x" * 600, "response": "y"}
+    data = f"{write_rows(tmp_path / 'long.jsonl', [long])}#source=long"
+    config = sft_config(tmp_path / "run", data, heldout={"long": 1}, max_length=1024)
+    config = config.model_copy(update={"data": (*config.data, write_rows(tmp_path / "short.jsonl", short))})
+    with pytest.raises(SetupError, match="longest dialogue: .* positions for 512"):
+        sft(config)

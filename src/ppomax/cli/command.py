@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import import_module
+from io import TextIOWrapper
 from pathlib import Path
 
 from ppomax import __version__
@@ -47,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     With PPOMAX_DEBUG=1 the traceback of an error is shown as well.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")  # a terminal that knows few letters is no reason to end a run
     try:
         _run(words)
     except SystemExit as end:  # tyro's --help and its messages

@@ -86,11 +86,12 @@ def show_difference(a: str, b: str) -> None:
 
 def show_summary(run_dir: Path, summary: Mapping[str, Any] | None) -> None:
     """The result of a run in a short table, and where to look."""
-    table = _columns()
+    table = _columns("", "")
+    table.show_header, table.columns[0].no_wrap = False, True  # a name is looked up, so it stays whole
     for key, value in _flat(summary or {}):
         sentences = isinstance(value, list) and all(isinstance(item, str) for item in value)
         if not isinstance(value, list) or sentences or len(value) <= 3:  # a histogram belongs into the report
-            table.add_row(Text(key), Text(_number(value)))
+            table.add_row(Text(key), Text("\n".join(value) if sentences else _number(value)))
     console = _stdout()
     console.print(table)
     for path in (run_dir / "final", run_dir / "report.html"):

@@ -105,7 +105,7 @@ class ModelConfig(Schema):
     tokens_per_microbatch: int = Field(
         default=4096,
         ge=16,
-        description="Tokens of one forward-backward pass, padding included. Bounds memory, not the result.",
+        description="Tokens of one pass, padding included where rows are padded. Bounds memory, not the result.",
     )
     shard: Literal["none", "zero2", "zero3"] = Field(
         default="zero3",
@@ -114,7 +114,7 @@ class ModelConfig(Schema):
         " has all weights and moments, only gradients travel (fastest, for models that fit).",
     )
     offload: bool = Field(
-        default=False, description="With several processes: master weights and moments in the host's memory."
+        default=False, description="With several processes on GPUs: shards, gradients and moments in the host's memory."
     )
     wait_minutes: float = Field(
         default=30, gt=0, description="With several processes: how long one waits for another before it gives up."
@@ -122,7 +122,7 @@ class ModelConfig(Schema):
     chat_template: str | None = Field(
         default=None,
         description="chatml, role-tags, or a Jinja file. What trains takes it instead of the tokenizer's own "
-        "template; chat and evaluate, where there is none.",
+        "template; chat, evaluate and rank, where there is none.",
     )
 
 

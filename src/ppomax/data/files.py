@@ -1,14 +1,15 @@
 """Opening data: a spec string in, rows with their place in the file out.
 
-A spec is a local file (`.jsonl`, `.jsonl.gz`, `.json` holding a list, `.parquet`, `.txt`) or a hub dataset
-`owner/name[:split]`, optionally followed by tags: `#source=NAME` labels every row that comes from it, `#weight=W` says
-how often an epoch reads each (`#source=NAME&weight=W` does both); `#folder=NAME` and `#config=NAME` choose within a hub
-dataset.
+A spec is a local file (`.jsonl`, `.jsonl.gz`, `.json` holding a list or an object a line, `.parquet`, `.txt`) or a hub
+dataset `owner/name[:split]`, optionally followed by tags: `#source=NAME` labels every row that comes from it,
+`#weight=W` says how often an epoch reads each (`#source=NAME&weight=W` does both); `#folder=NAME` and `#config=NAME`
+choose within a hub dataset.
 """
 
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import math
 import re
@@ -26,7 +27,7 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(:[\w.+-]+(\[[\d:%-]*\])?)?")
 _EXTENSION = re.compile(r"\.[A-Za-z]\w{0,7}$")
 _TAGS = re.compile(r"#(\w+=[^#]*)$")
 _TAG_NAMES = ("source", "weight", "folder", "config")
-_FORMATS = ".jsonl, .jsonl.gz, .json (holding a list), .parquet or .txt (a text a line)"
+_FORMATS = ".jsonl, .jsonl.gz, .json (a list, or an object a line), .parquet or .txt (a text a line)"
 
 
 @dataclass(frozen=True)
@@ -160,6 +161,10 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
+    """A list of objects; or, since many files are named so, an object a line."""
+    if _holds_lines(path):
+        yield from _jsonl_rows(path)
+        return
     value = _parse(_decode(path.read_bytes().removeprefix(b"\xef\xbb\xbf"), str(path)), str(path), path.name)
     if not isinstance(value, list):
         raise DataError(
@@ -167,6 +172,15 @@ def _json_rows(path: Path) -> Iterator[tuple[int, Any]]:
             "Put the rows in one list, or write one object a line into a .jsonl file"
         )
     yield from enumerate(value, start=1)
+
+
+def _holds_lines(path: Path) -> bool:
+    """Whether the first two lines are an object each."""
+    try:
+        first = [json.loads(line) for _, line in itertools.islice(_lines(path), 2)]
+    except ValueError:
+        return False
+    return len(first) == 2 and all(isinstance(value, dict) for value in first)
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, Any]]:

@@ -92,11 +92,14 @@ def read_dialogues(
             raise schemas.Unusable("every assistant turn has weight 0")
         if any(not messages[i]["content"].strip() for i in answers):
             raise schemas.Unusable("empty response")
-        messages = messages[: answers[-1] + 1]
+        messages, notes = messages[: answers[-1] + 1], ()
+        if answers[0] == 0 and len(answers) > 1:  # a greeting, which nothing asks for
+            messages, notes = ({**messages[0], "learnt": False}, *messages[1:]), ("opening answer not learnt",)
+            answers = answers[1:]
         schemas.check_prompt(messages[:-1])
         schemas.check_text(messages[-1]["content"])
         _expect_renders(tokenizer, messages, answers)
-        return [Dialogue(messages, prompt_key(messages[:-1]), _source(row), weight=row.weight)], ()
+        return [Dialogue(messages, prompt_key(messages[:-1]), _source(row), weight=row.weight)], notes
 
     return _read(specs, convert)
 

@@ -80,7 +80,8 @@ def preference_of(fields: Mapping[str, Any], place: str) -> Preference:
 
 
 def score_gap(fields: Mapping[str, Any], place: str) -> float | None:
-    """`score_chosen` − `score_rejected`, None without both; a row whose scores say the opposite is unusable."""
+    """`score_chosen` − `score_rejected`, None without both; a row whose scores are equal or say the opposite is
+    unusable."""
     if "score_chosen" not in fields or "score_rejected" not in fields:
         return None
     scores = []
@@ -88,6 +89,8 @@ def score_gap(fields: Mapping[str, Any], place: str) -> float | None:
         scores.append(_finite(fields[name], f"{place}, `{name}`"))
     if scores[0] < scores[1]:
         raise Unusable("score_chosen less than score_rejected")
+    if scores[0] == scores[1]:
+        raise Unusable("score_chosen equal to score_rejected")
     return scores[0] - scores[1]
 
 
@@ -101,7 +104,7 @@ def ranking_of(
 ) -> tuple[Messages, list[tuple[str, str, float | None]], tuple[str, ...]]:
     """The prompt of a ranking, its pairs (better, worse, score gap; None for ranks) and notes.
 
-    Equal ranks make no pair. Empty responses are left out, and noted.
+    Equal ranks make no pair, and empty responses are left out; both are noted.
     """
     if "prompt" not in fields:
         raise DataError(f"{place}: found `responses` without `prompt`, expected both")
@@ -120,6 +123,8 @@ def ranking_of(
     if len(order) < 2 and not all(texts):
         raise Unusable("empty response")
     notes = () if all(texts) else ("empty response left out of its ranking",)
+    if len({goodness[i] for i in order}) < len(order):
+        notes += ("tie in a ranking, which makes no pair",)
     pairs = [
         (texts[a], texts[b], goodness[a] - goodness[b] if by == "scores" else None)
         for at, a in enumerate(order)

@@ -226,9 +226,10 @@ def _check_owner(run: Run, config: Mapping[str, Any], resume: bool, ignore: Coll
     ]
     if differing:
         more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        flag = "" if resume else " and --resume"
         raise SetupError(
             f"{run.config}: this directory holds a `ppomax {run.verb}` run with other settings: "
-            f"{'; '.join(differing[:3])}{more}. Give the same settings and --resume to go on with it, use {choices}"
+            f"{'; '.join(differing[:3])}{more}. Give the same settings{flag} to go on with it, use {choices}"
         )
     if not resume and not run.finished and _has_work(run):
         raise SetupError(

@@ -120,6 +120,10 @@ def _given(
         raise DataError(f"reward {name}: {error!r}: what it talks to went away; go on with --resume") from error
 
 
+# Not SIGALRM: functions that limit themselves use that one.
+OVER = signal.SIGVTALRM
+
+
 class _TooLate(BaseException):
     """Out of time. No Exception, so that a function which tries again after every error does not try on and on."""
 
@@ -127,32 +131,47 @@ class _TooLate(BaseException):
 def limited(function: RewardFunction, seconds: float | None, *, name: str) -> RewardFunction:
     """The function, ended with a DataError when it takes longer than `seconds`; None: as it is.
 
-    By a timer of the operating system, so that waiting (for a server, a lock, a process) ends too; a C function that
-    never returns to Python does not. Outside the main thread, where signals cannot be caught, nothing is limited.
+    By a signal, so that waiting (for a server, a lock, a process) ends too; a C function that never returns to Python
+    does not. Outside the main thread, where signals cannot be caught, nothing is limited.
     """
     if seconds is None:
         return function
 
-    def over(number: int, frame: FrameType | None) -> None:
-        raise _TooLate
-
     def call_in_time(*arguments: Any, **columns: Any) -> Any:
-        if threading.current_thread() is not threading.main_thread():
+        main, ended = threading.main_thread(), threading.Event()
+        if threading.current_thread() is not main:
             return function(*arguments, **columns)
-        before = signal.signal(signal.SIGALRM, over)
-        signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)  # and every second from there
+
+        def over(number: int, frame: FrameType | None) -> None:
+            if not ended.is_set():
+                raise _TooLate
+
+        before = signal.signal(OVER, over)
+        bell = threading.Thread(target=_ring, args=(main.ident, seconds, ended), daemon=True)
+        bell.start()
         try:
-            return function(*arguments, **columns)
+            try:
+                return function(*arguments, **columns)
+            finally:
+                ended.set()
         except _TooLate:
             raise DataError(
                 f"reward {name}: no answer after {seconds:g} seconds (reward_timeout); mend what it waits for or raise "
                 "the limit, then go on with --resume"
             ) from None
         finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, before)
+            ended.set()
+            bell.join()  # what it rings at the last moment is for `over`, not for the handler before
+            signal.signal(OVER, before)
 
     return call_in_time
+
+
+def _ring(thread: int, seconds: float, ended: threading.Event) -> None:
+    """Signal a thread after so many seconds, and every second from there, until it has ended."""
+    while not ended.wait(seconds):
+        signal.pthread_kill(thread, OVER)
+        seconds = 1.0
 
 
 def function_name(function: RewardFunction) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
+from io import TextIOWrapper, UnsupportedOperation
 from typing import Any
 
 from rich.console import Console
@@ -93,6 +95,9 @@ def _opening(system: str | None) -> list[Message]:
 
 def _messages(console: Console, speakers: list[Speaker], system: str | None) -> Iterator[str]:
     """What is said to the models, line by line, until the end of the input or /quit; /reset empties the histories."""
+    if isinstance(sys.stdin, TextIOWrapper):
+        with suppress(UnsupportedOperation):  # a caller has read from it before
+            sys.stdin.reconfigure(errors="surrogateescape")  # so that `reply` refuses what is no text, and goes on
     for line in _typed(console) if sys.stdin.isatty() else sys.stdin:
         message = line.strip()
         if message == "/quit":

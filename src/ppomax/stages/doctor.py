@@ -87,7 +87,7 @@ def concerns(numbers: dict[str, Any]) -> list[str]:
                 "a trained parameter (24 for PPO), and two are kept; free some space or lower --save.keep"
             )
     if not numbers["smollm2_converted"]:
-        found.append("smollm2-135m is not converted yet: its first use takes about 20 seconds more")
+        found.append("smollm2-135m is not converted yet: its first use takes some ten seconds more")
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ import numpy as np
 from ppomax.config import ModelConfig, SamplingConfig
 from ppomax.data.chat import fit_dialogue, fit_prompt, render_dialogue, render_prompt, render_response
 from ppomax.data.readers import ReadReport, read_prompts
+from ppomax.engine import world
 from ppomax.engine.checkpoint import file_hash
 from ppomax.models.load import Compute, context_length, model_directory, resolve_compute
 from ppomax.models.lora import Lora
@@ -21,6 +23,8 @@ from ppomax.models.players import Player, Policy
 from ppomax.rollout.collect import Sampling, eos_token_ids, stop_check
 from ppomax.rollout.sampler import Distribution
 from ppomax.types import DataError, Dialogue, Message, Pair, Prompt, SetupError
+
+_ADDRESS = re.compile(" at 0x[0-9a-fA-F]+(?=>)")
 
 
 @dataclass(frozen=True)
@@ -32,11 +36,15 @@ class Tokens:
 
 
 def fingerprint(*parts: Iterable[tuple[Sequence[int], object]]) -> str:
-    """16 hex digits that tell rows of data apart, their order too; a row is its ids and whatever else matters of it."""
+    """16 hex digits that tell rows of data apart, their order too; a row is its ids and whatever else matters of it.
+
+    Where an object (an image, say) is shown by its address, which is another one in every process, that is left out.
+    """
     digest = hashlib.sha256()
     for rows in parts:
         for ids, rest in rows:
-            digest.update(np.asarray(ids, dtype=np.int64).tobytes() + repr(rest).encode("utf-8", "backslashreplace"))
+            shown = _ADDRESS.sub("", repr(rest)).encode("utf-8", "backslashreplace")
+            digest.update(np.asarray(ids, dtype=np.int64).tobytes() + shown)
         digest.update(b"end of part")
     return digest.hexdigest()[:16]
 
@@ -90,8 +98,15 @@ def required(specs: Sequence[str], flag: str, expected: str) -> list[str]:
 
 
 def compute_of(config: ModelConfig) -> Compute:
-    """Device and precision of a stage."""
-    return resolve_compute(config.device, config.dtype)
+    """Device and precision of a stage; `auto` is the same precision in all processes."""
+    compute = resolve_compute(config.device, config.dtype)
+    found = {str(one.dtype).removeprefix("torch.") for one in world.gathered(compute)}
+    if len(found) > 1:
+        raise SetupError(
+            f"compute.dtype: auto is {' and '.join(sorted(found))} on these machines, expected one precision for all; "
+            "say which, e.g. --compute.dtype float32"
+        )
+    return compute
 
 
 def expect_native(sampling: SamplingConfig) -> None:

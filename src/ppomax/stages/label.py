@@ -61,9 +61,10 @@ def label(
         of_made = judged(judge, [asked[number] for number, _ in made], [text for _, text in made], name="judge")
         for score, (number, text) in zip(of_made, made, strict=True):
             groups[number].append((score, text))
-    lines = []
+    lines, ties = [], 0
     for prompt, group in zip(asked, groups, strict=True):
         for (high, better), (low, worse) in itertools.combinations(sorted(group, key=lambda answer: -answer[0]), 2):
+            ties += high - low <= tie
             if high - low > tie and worse:
                 lines.append({
                     "prompt": list(prompt.messages), "chosen": better, "rejected": worse, "score_chosen": high,
@@ -74,6 +75,7 @@ def label(
         "prompts": len(rows),
         "responses": len(texts) + len(made),
         "pairs": len(lines),
+        "ties": ties,
         "judge_mean": sum(scores) / len(scores),
         "read": str(read),
     }

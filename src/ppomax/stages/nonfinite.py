@@ -26,7 +26,9 @@ def failures_after(failures: int, norms: Sequence[float]) -> int:
 def failed_step(step: int, optimiser: Optimiser, rows: Sequence[Mapping[str, Any]]) -> NonFiniteError:
     """The error of a step of SFT or a reward model. rows: what the step read."""
     return NonFiniteError(
-        _message(f"step {step}"), _weights("model", optimiser), {"step": step, "rows": _as_json(rows)}
+        _message(f"step {step}", "nothing was changed by them"),
+        _weights("model", optimiser),
+        {"step": step, "rows": _as_json(rows)},
     )
 
 
@@ -47,7 +49,8 @@ def failed_update(
         "pretraining": pretraining,
         "ptx": _as_json(ptx),
     }
-    return NonFiniteError(_message(f"iteration {iteration}"), tensors, state)
+    where, left = f"iteration {iteration}", "the player whose it was (grad_norm_…) was not changed by them"
+    return NonFiniteError(_message(where, left), tensors, state)
 
 
 def _as_json(rows: Sequence[Mapping[str, Any]]) -> list[Any]:
@@ -59,8 +62,8 @@ def _weights(role: str, optimiser: Optimiser) -> dict[str, Tensor]:
     return {f"{role}/{name}": master.detach() for name, master in optimiser.masters.items()}
 
 
-def _message(where: str) -> str:
+def _message(where: str, left: str) -> str:
     return (
-        f"{where}: the gradient was not finite in {NONFINITE_IN_A_ROW} steps in a row; nothing was changed by them. "
+        f"{where}: the gradient was not finite in {NONFINITE_IN_A_ROW} steps in a row; {left}. "
         "Lower the learning rate, or look at the losses and scores in metrics.jsonl"
     )

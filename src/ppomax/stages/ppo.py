@@ -13,7 +13,7 @@ from ppomax.stages.buffer import joined, reread
 from ppomax.stages.estimate import estimate, seen
 from ppomax.stages.ppo_log import importance, metrics_row, note, raise_alarms, sample_rows
 from ppomax.stages.ppo_setup import prepare, state_of
-from ppomax.stages.scoring import plan_minibatches, score
+from ppomax.stages.scoring import expect_known, plan_minibatches, score
 from ppomax.stages.session import Session, session
 from ppomax.stages.update import distance_moved, update
 from ppomax.types import SetupError
@@ -51,6 +51,7 @@ def train(run: Session, config: PPOConfig, reward: RewardFunction | None) -> dic
             with clock("generate"):
                 rollout = job.roll_out(iteration)
                 texts = response_texts(job.players.tokenizer, rollout)
+            expect_known(job.players, rollout)
             with clock("score"):
                 plan = plan_minibatches(
                     rollout, job.players, minibatch=config.minibatch, budget=config.compute.tokens_per_microbatch,

@@ -327,12 +327,12 @@ def _print_plan(run: Session, job: Job, report: str, ptx_report: str) -> None:
         f"ppo: {config.policy} → {run.run.final}",
         {
             "prompts": f"{report}; {passes:.2f} passes",
-            "rewards": " + ".join(f"{t.weight:g} × {t.name}" for t in players.terms),
+            "rewards": " + ".join(f"{t.weight:g} × {t.name}{_as_text(t.reward)}" for t in players.terms),
             "scores": _scores(config),
             "iterations": f"{config.iterations}, the first {config.critic.pretrain_iterations} for the critic alone",
             "rollout": f"{config.rollout_batch} responses = {job.prompts_per_iteration} prompts × "
             f"{config.samples_per_prompt}, at most {config.sampling.max_new_tokens} tokens, temperature "
-            f"{config.sampling.temperature:g}, by the {config.sampling.engine} sampler",
+            f"{config.sampling.temperature:g}, by the {config.sampling.engine} sampler{_in_turns(config)}",
             "steps": f"{steps} an iteration ({config.minibatch} responses each, {config.epochs} epochs), "
             f"{policy_steps} in all"
             + (f"; each rollout is learnt from in {config.buffer} iterations" if config.buffer > 1 else ""),
@@ -345,6 +345,17 @@ def _print_plan(run: Session, job: Job, report: str, ptx_report: str) -> None:
             "memory": f"weights {_gib(weights)}, masters and moments {_gib(states)}, checkpoint {_gib(states)}",
         },
     )
+
+
+def _as_text(reward: RewardModel | RewardFunction) -> str:
+    by_text = isinstance(reward, RewardModel) and not reward.reads_ids
+    return f" (reads text, of at most {reward.max_length:,} tokens of its own)" if by_text else ""
+
+
+def _in_turns(config: PPOConfig) -> str:
+    """Said where responses wait for one another: a GPU decodes twice as many in nearly the same time."""
+    rows = config.rollout_batch // world.size()
+    return f", {config.sampling.max_rows} of {rows} side by side (max_rows)" if config.sampling.max_rows < rows else ""
 
 
 def _scores(config: PPOConfig) -> str:

@@ -23,7 +23,7 @@ def rank(config: RankConfig, *, fresh: bool = False) -> dict[str, Any]:
         config.run_dir, verb="rank", config=config, resume=not fresh, fresh=fresh, ignore=("run_dir",)
     ) as run:
         compute = compute_of(config.compute)
-        tokenizer = load_tokenizer(config.reward, config.compute.chat_template)
+        tokenizer = load_tokenizer(config.reward, otherwise=config.compute.chat_template)
         pairs, report = read_pairs(required(config.data, "data", "preference pairs"), tokenizer)
         rows, cut = ranked_tokens(tokenizer, pairs, config.max_length)
         print(f"rank: {report}; {cut}")

@@ -59,7 +59,7 @@ def _train(run: Session, config: SFTConfig) -> dict[str, Any]:
     steps = max(1, round(per_epoch * config.epochs))
     model = load_causal_lm(config.model, compute)
     policy = shard(Policy(model, trained=True, **training_of(config.compute, config.seed)), compute, config.compute)
-    context_limit(policy.model, max(len(row.ids) for row in rows), "longest dialogue")
+    context_limit(policy.model, max(len(row.ids) for row in (*rows, *heldout)), "longest dialogue")
     optimiser = Optimiser(policy.trained_parameters(), **adamw(config.optim))
     size = optimiser.bytes()
     run.plan(

@@ -47,8 +47,10 @@ def trust_region_step(
             yield -surrogate_loss(logprobs, piece.old_logprobs_BR, advantages, batch.mask_BR, denom=denom)
 
     with _plain_attention(policy):
-        gradient = sum(_flat(torch.autograd.grad(value, parameters)) for value in objective())
-        assert isinstance(gradient, Tensor)
+        gradient, start = torch.zeros(sum(p.numel() for p in parameters), device=device), 0.0
+        for value in objective():
+            start += float(value.detach())
+            gradient += _flat(torch.autograd.grad(value, parameters))
         with torch.no_grad():
             before = [policy.response_logits(batch, temperature=temperature) for batch, _, _ in pieces]
 
@@ -84,11 +86,10 @@ def trust_region_step(
         )  # fmt: skip
         with torch.no_grad():
             _set(parameters, at + fraction * step)
-    start_value = reached.get(0.0, (0.0, 0.0))[0]
-    value, kl = reached.get(fraction, (0.0, 0.0))
+    gained, kl = reached.get(fraction, (start, 0.0))
     return {
-        "policy_loss": -start_value, "grad_norm_policy": float(gradient.norm()), "trpo_fraction": fraction,
-        "trpo_gain": value - start_value, "trpo_kl": kl,
+        "policy_loss": -start, "grad_norm_policy": float(gradient.norm()), "trpo_fraction": fraction,
+        "trpo_gain": gained - start, "trpo_kl": kl,
     }  # fmt: skip
 
 
