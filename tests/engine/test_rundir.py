@@ -79,8 +79,9 @@ def test_another_config_is_refused_with_its_differences(tmp_path: Path) -> None:
         message = str(caught.value)
         assert "kl.coef: found 0.05, expected 0.1" in message and "logging.every: found 10, expected 1" in message
         assert "new: found nothing, expected 3" in message and "and 1 more" in message and "target" not in message
-        for part in (str(tmp_path / "config.yaml"), "--resume", "--fresh", "another output directory"):
+        for part in (str(tmp_path / "config.yaml"), "--fresh", "another output directory"):
             assert part in message
+        assert ("--resume" in message) == (not resume), "who resumes, or evaluates, which has no such flag, needs no hint"
 
 
 def test_ignored_keys_may_differ_and_are_recorded(tmp_path: Path) -> None:
