@@ -81,7 +81,9 @@ def test_another_config_is_refused_with_its_differences(tmp_path: Path) -> None:
         assert "new: found nothing, expected 3" in message and "and 1 more" in message and "target" not in message
         for part in (str(tmp_path / "config.yaml"), "--fresh", "another output directory"):
             assert part in message
-        assert ("--resume" in message) == (not resume), "who resumes, or evaluates, which has no such flag, needs no hint"
+        assert ("--resume" in message) == (not resume), (
+            "who resumes, or evaluates, which has no such flag, needs no hint"
+        )
 
 
 def test_ignored_keys_may_differ_and_are_recorded(tmp_path: Path) -> None:

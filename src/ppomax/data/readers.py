@@ -94,8 +94,8 @@ def read_dialogues(
             raise schemas.Unusable("empty response")
         messages, notes = messages[: answers[-1] + 1], ()
         if answers[0] == 0 and len(answers) > 1:  # a greeting, which nothing asks for
-            messages, notes = ({**messages[0], "learnt": False}, *messages[1:]), ("opening answer not learnt",)
-            answers = answers[1:]
+            opening = Message(role="assistant", content=messages[0]["content"], learnt=False)
+            messages, notes, answers = (opening, *messages[1:]), ("opening answer not learnt",), answers[1:]
         schemas.check_prompt(messages[:-1])
         schemas.check_text(messages[-1]["content"])
         _expect_renders(tokenizer, messages, answers)

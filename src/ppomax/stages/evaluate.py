@@ -66,7 +66,11 @@ class Answers:
 
 
 def evaluate(config: EvaluateConfig, *, fresh: bool = False) -> dict[str, Any]:
-    """Compare `policy` with `baseline` on held-out prompts. Returns summary.json's content."""
+    """Compare `policy` with `baseline` on held-out prompts. Returns summary.json's content.
+
+    A second call with the same settings does it again; fresh: replace an evaluation with others. Raises SetupError and
+    DataError, mostly before anything is sampled.
+    """
     with opened_run(
         config.run_dir, verb="evaluate", config=config, resume=not fresh, fresh=fresh, ignore=("run_dir",)
     ) as run:

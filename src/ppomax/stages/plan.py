@@ -38,7 +38,8 @@ class Layout:
 
 
 def plan(config: PlanConfig) -> dict[str, Any]:
-    """Bytes on one device by player and phase, which layouts fit, and the seconds of an iteration.
+    """Bytes on one device by player and phase, which layouts fit, and the seconds of an iteration. All memory is in
+    bytes, `flops` in operations.
 
     `models` and `machine` say what was counted for; `layouts` has every layout that was tried, the settings as given
     first; `shown` is the recommended one, the first that fits (`recommended` is then True), else the one that needs

@@ -24,7 +24,8 @@ def ppo(
 ) -> dict[str, Any]:
     """Train a policy against a reward; it is in `run_dir/final`, the critic in `run_dir/critic`.
 
-    reward: any callable (prompts, responses, **columns) → scores, instead of `config.reward`.
+    reward: any callable (prompts, responses, **columns) → a number per response, or per sampled token, instead of
+    `config.reward`. resume, fresh, and what is raised: as for `sft`; an error of the callable passes through.
     Returns summary.json's content.
     """
     if isinstance(reward, str):

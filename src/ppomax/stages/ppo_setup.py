@@ -348,8 +348,9 @@ def _print_plan(run: Session, job: Job, report: str, ptx_report: str) -> None:
 
 
 def _as_text(reward: RewardModel | RewardFunction) -> str:
-    by_text = isinstance(reward, RewardModel) and not reward.reads_ids
-    return f" (reads text, of at most {reward.max_length:,} tokens of its own)" if by_text else ""
+    if isinstance(reward, RewardModel) and not reward.reads_ids:
+        return f" (reads text, of at most {reward.max_length:,} tokens of its own)"
+    return ""
 
 
 def _in_turns(config: PPOConfig) -> str:

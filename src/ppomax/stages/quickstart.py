@@ -49,7 +49,7 @@ TINY_JUDGES = ("ppomax.rewards.judge:vowel_share",)
 
 
 def quickstart(config: QuickstartConfig) -> dict[str, Any]:
-    """Run what is not finished yet; returns summary.json's content."""
+    """Run what is not finished yet; returns summary.json's content. Raises what its stages do."""
     run = open_run(
         config.run_dir, verb="quickstart", config=plain(config), resume=not config.fresh, fresh=config.fresh,
         ignore=("run_dir", "fresh"),

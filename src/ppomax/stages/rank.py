@@ -18,7 +18,10 @@ from ppomax.stages.session import opened_run
 
 
 def rank(config: RankConfig, *, fresh: bool = False) -> dict[str, Any]:
-    """Rank the pairs of `data` by a reward model. Returns summary.json's content."""
+    """Rank the pairs of `data` by a reward model. Returns summary.json's content.
+
+    fresh, and what is raised: as for `evaluate`.
+    """
     with opened_run(
         config.run_dir, verb="rank", config=config, resume=not fresh, fresh=fresh, ignore=("run_dir",)
     ) as run:

@@ -41,7 +41,10 @@ from ppomax.types import DataError, SetupError, Work
 
 
 def reward(config: RewardConfig, *, resume: bool = False, fresh: bool = False) -> dict[str, Any]:
-    """Train a reward model on preference pairs; it is in `run_dir/final`. Returns summary.json's content."""
+    """Train a reward model on preference pairs; it is in `run_dir/final`. Returns summary.json's content.
+
+    resume, fresh, and what is raised: as for `sft`.
+    """
     with session("reward", config, unit="step", resume=resume, fresh=fresh) as run:
         return run.finished() or _train(run, config)
 

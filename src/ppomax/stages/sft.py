@@ -40,7 +40,11 @@ from ppomax.types import TokenBatch, Work, token_batch
 
 
 def sft(config: SFTConfig, *, resume: bool = False, fresh: bool = False) -> dict[str, Any]:
-    """Fine-tune a causal LM on dialogues; the model is in `run_dir/final`. Returns summary.json's content."""
+    """Fine-tune a causal LM on dialogues; the model is in `run_dir/final`. Returns summary.json's content.
+
+    resume: go on with a run that stopped; fresh: replace what is there. Raises SetupError and DataError before the
+    first step, Interrupted after a save that Ctrl-C or SIGTERM asked for, SaveError and NonFiniteError.
+    """
     with session("sft", config, unit="step", resume=resume, fresh=fresh) as run:
         return run.finished() or _train(run, config)
 
