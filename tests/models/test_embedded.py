@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from models.architectures import FLOAT32, reloaded
 from ppomax.data.chat import render_prompt, render_response
-from ppomax.models.embedded import GGUF, WHEEL, cache_directory, embedded_directory, smollm2_tokenizer
+from ppomax.models.embedded import GGUF, WHEEL, cache_directory, cached_model, embedded_directory, smollm2_tokenizer
 from ppomax.models.load import load_causal_lm, load_tokenizer
 from ppomax.types import Message, SetupError
 
@@ -114,3 +114,12 @@ def test_plain_transformers_opens_it(tiny_model: torch.nn.Module) -> None:
         plain = reloaded(AutoModelForCausalLM, folder)(ids).logits
         torch.testing.assert_close(tiny_model(ids).logits, plain, atol=1e-6, rtol=0)
     assert load_tokenizer("tiny").chat_template
+
+
+def test_a_folder_without_a_whole_model_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PPOMAX_CACHE", str(tmp_path))
+    folder = cached_model("tiny")
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text("{}")
+    assert embedded_directory("tiny") == folder
+    assert (folder / "model.safetensors").is_file() and load_tokenizer("tiny").eos_token_id is not None

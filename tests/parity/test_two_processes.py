@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import traceback
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,12 @@ from parity.processes import WORLD, run, run_in_two
 from ppomax.config import CriticConfig, KLConfig, ModelConfig, ObjectiveConfig, SaveConfig
 from ppomax.engine.checkpoint import checkpoints, save_checkpoint
 from ppomax.engine.rundir import Run
+from ppomax.models.embedded import embedded_directory
+from ppomax.models.load import Compute, load_causal_lm
+from ppomax.models.players import Policy
+from ppomax.models.shard import shard
 from ppomax.stages.session import Session
+from ppomax.types import token_batch
 
 # A clip that binds: a norm of one process's shards alone would scale its gradients otherwise.
 CLIPPED = CALM.model_copy(update={"max_grad_norm": 0.02})
@@ -115,6 +121,46 @@ def test_trap_21_the_norm_that_is_clipped_is_that_of_all_shards(
                 assert other[f"grad_norm_{role}"] == pytest.approx(norm, rel=1e-3)
                 compared += 1
     assert compared >= 4
+
+
+def making(rank: int, folder: str, jobs: list[Any]) -> None:
+    """The embedded model in an empty cache, by the second process first."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD)
+    os.environ["PPOMAX_CACHE"] = str(Path(folder, "cache"))
+    if rank == 0:
+        dist.barrier()
+    found = embedded_directory("tiny")
+    if rank == 1:
+        dist.barrier()
+    if found is None or not {"config.json", "model.safetensors", "tokenizer.json"} <= {p.name for p in found.iterdir()}:
+        Path(folder, f"failed-{rank}.txt").write_text(str(found and sorted(found.iterdir())))
+    dist.destroy_process_group()
+
+
+def test_an_embedded_model_is_made_whole_by_whichever_process_comes_first(tmp_path: Path) -> None:
+    run_in_two(tmp_path, [], making)
+
+
+def reading(rank: int, folder: str, jobs: list[Any]) -> None:
+    """Passes of a frozen player that is spread over two processes."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD)
+    device = Compute(torch.device("cpu"), torch.float32)
+    player = shard(Policy(load_causal_lm("tiny", device), train_layers=None, trained=False), device, ModelConfig())
+    batch = token_batch([[5, 6]], [[7, 8]])
+    try:
+        found = []
+        with torch.no_grad():
+            for _ in range(4):
+                player(batch)
+                found.append(len(player._get_fsdp_state()._fsdp_param_group.comm_ctx.post_forward_order))  # type: ignore[attr-defined]
+        assert found == [0] * 4, found
+    except Exception:
+        Path(folder, f"failed-{rank}.txt").write_text(traceback.format_exc())
+    dist.destroy_process_group()
+
+
+def test_what_fsdp_notes_of_a_pass_without_gradient_is_forgotten(tmp_path: Path) -> None:
+    run_in_two(tmp_path, [], reading)
 
 
 def going_on(rank: int, folder: str, jobs: list[Any]) -> None:

@@ -64,6 +64,8 @@ def _make(maker: Callable[[Path], None], folder: Path, name: str) -> None:
     scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{name}-"))
     try:
         maker(scratch)
+        if not (folder / "config.json").exists():  # only a whole folder is ever moved there, so this one is damaged
+            shutil.rmtree(folder, ignore_errors=True)
         # Two processes may both convert: the rename that comes second finds a complete folder and yields.
         try:
             scratch.rename(folder)
@@ -95,8 +97,7 @@ def _convert_smollm2(folder: Path) -> None:
     model = llama({key: field.contents() for key, field in reader.fields.items() if key.startswith("llama.")})
     weights = {tensor.name: torch.tensor(dequantize(tensor.data, tensor.tensor_type)) for tensor in reader.tensors}
     model.model.load_state_dict(llama_weights(weights, model.config))
-    model.bfloat16().save_pretrained(folder)
-    smollm2_tokenizer(reader.fields).save_pretrained(folder)
+    _save(model.bfloat16(), smollm2_tokenizer(reader.fields), folder)
 
 
 def llama(of: Mapping[str, Any]) -> LlamaForCausalLM:
@@ -142,6 +143,12 @@ def _make_tiny(folder: Path) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = LlamaForCausalLM(config)
+    _save(model, tokenizer, folder)
+
+
+def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    # Of several processes transformers lets the first one write alone, but each machine has a cache of its own.
+    model.should_save_on_this_rank = lambda is_main_process: is_main_process
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
