@@ -62,9 +62,8 @@ def tokens(*numbers: torch.Tensor) -> list[tuple[float, ...]]:
 
 
 def clipped(new: float, old: float, advantage: float, dual: float | None = None) -> float:
-    ratio = math.exp(new - old)
-    gain = min(ratio * advantage, min(max(ratio, 0.8), 1.2) * advantage)
-    return -(gain if dual is None or advantage >= 0 else max(gain, dual * advantage))
+    (loss,) = oracle.clipped_policy_loss([new], [old], [advantage], 0.2)
+    return loss if dual is None or advantage >= 0 else min(loss, -dual * advantage)
 
 
 def test_the_clipped_surrogate() -> None:

@@ -15,8 +15,8 @@ from ppomax.config import CriticConfig, KLConfig, OptimConfig, PPOConfig, Sampli
 from ppomax.data.chat import render_prompt, render_response
 from ppomax.rewards.model import RewardModel
 from ppomax.stages.estimate import estimate, seen
+from ppomax.stages.ppo_fit import expect_known
 from ppomax.stages.reward import reward
-from ppomax.stages.scoring import expect_known
 from ppomax.stages.update import update
 from ppomax.types import SetupError
 from stages import toy
@@ -269,10 +269,11 @@ def test_an_id_that_another_player_has_no_embedding_for_is_refused_by_name(
     rollout = job.roll_out(0)
     expect_known(job.players, rollout)
     rows = job.players.reference.base.get_input_embeddings().num_embeddings
+    job.players.policy.model.resize_token_embeddings(rows + 1)
     rollout.response_ids_BR[0, 0] = rows
     with pytest.raises(SetupError, match=f"reference: found {rows} embeddings, expected more than {rows}, an id that"):
         expect_known(job.players, rollout)
-    job.players.reference.base.get_input_embeddings().num_embeddings += 1
-    job.players.critic.base.get_input_embeddings().num_embeddings += 1
+    for player in (job.players.reference, job.players.critic):
+        player.model.resize_token_embeddings(rows + 1)
     with pytest.raises(SetupError, match="reward reward: found"):
         expect_known(job.players, rollout)

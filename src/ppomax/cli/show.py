@@ -14,6 +14,7 @@ from rich.text import Text
 from ppomax.cli.parse import ABOUT, VERBS
 from ppomax.config import Schema
 from ppomax.config.layers import nearest, plain
+from ppomax.config.recipes import RECIPES
 from ppomax.errors import SetupError, printable
 from ppomax.monitor.progress import LastingConsole
 
@@ -207,10 +208,8 @@ def _gib(size: float) -> str:
 
 
 def _recipes() -> Iterator[tuple[str, str, Any]]:
-    for verb, known in VERBS.items():
-        if verb == "plan":  # it borrows those of ppo
-            continue
-        for name, function in known.recipes.items():
+    for verb, recipes in RECIPES.items():
+        for name, function in recipes.items():
             yield verb, name, function
 
 

@@ -64,14 +64,13 @@ def _make(maker: Callable[[Path], None], folder: Path, name: str) -> None:
     scratch = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{name}-"))
     try:
         maker(scratch)
-        if not (folder / "config.json").exists():  # only a whole folder is ever moved there, so this one is damaged
-            shutil.rmtree(folder, ignore_errors=True)
         # Two processes may both convert: the rename that comes second finds a complete folder and yields.
         try:
             scratch.rename(folder)
         except OSError:
-            if not (folder / "config.json").exists():
-                raise
+            if not (folder / "config.json").exists():  # a damaged one: only whole folders are moved there
+                shutil.rmtree(folder, ignore_errors=True)
+                scratch.rename(folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 

@@ -114,8 +114,8 @@ def _give_back(player: nn.Module, inputs: object, output: object) -> None:
 
 
 def _forget_pass(module: FSDPModule) -> None:
-    """FSDP2 notes every pass for the backward pass, and forgets it there alone: with frozen players the notes of
-    10,000 iterations are gigabytes. The names are its own; where a version has others, they stay."""
+    """FSDP2 notes every pass for the backward pass, and forgets it there alone: with frozen players the notes would
+    grow for as long as a run lasts. The names are its own; where a version has others, they stay."""
     with suppress(AttributeError):
         group: Any = module._get_fsdp_state()._fsdp_param_group
         if group is not None:

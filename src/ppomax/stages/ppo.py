@@ -11,9 +11,10 @@ from ppomax.rewards.callables import RewardFunction, function_name
 from ppomax.rollout.collect import response_texts
 from ppomax.stages.buffer import joined, reread
 from ppomax.stages.estimate import estimate, seen
+from ppomax.stages.ppo_fit import expect_known
 from ppomax.stages.ppo_log import importance, metrics_row, note, raise_alarms, sample_rows
 from ppomax.stages.ppo_setup import prepare, state_of
-from ppomax.stages.scoring import expect_known, plan_minibatches, score
+from ppomax.stages.scoring import plan_minibatches, score
 from ppomax.stages.session import Session, session
 from ppomax.stages.update import distance_moved, update
 from ppomax.types import SetupError

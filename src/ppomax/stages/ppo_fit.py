@@ -9,7 +9,7 @@ from ppomax.models.players import Player
 from ppomax.rewards.model import RewardModel
 from ppomax.stages.inputs import Tokens, context_limit, one_of_each_roles
 from ppomax.stages.players import Players
-from ppomax.types import Prompt, SetupError
+from ppomax.types import Prompt, Rollout, SetupError
 
 
 def expect_fitting(players: Players, prompt_ids: Sequence[Sequence[int]], ptx: Sequence[Tokens], longest: int) -> None:
@@ -17,22 +17,42 @@ def expect_fitting(players: Players, prompt_ids: Sequence[Sequence[int]], ptx: S
 
     longest: tokens of the longest prompt and response.
     """
-    roles: dict[str, Player | None] = {
-        "policy": players.policy, "reference": players.reference, "critic": players.critic,
-        **{f"reward {t.name}": t.reward.scalar for t in players.terms
-           if isinstance(t.reward, RewardModel) and t.reward.reads_ids},
-    }  # fmt: skip
-    for role, player in roles.items():
-        if player is not None:
-            context_limit(player.model, longest, f"{role}: longest prompt + response")
-            _expect_rows(player, prompt_ids, f"{role}: prompts")
+    for role, player in _reading_ids(players).items():
+        context_limit(player.model, longest, f"{role}: longest prompt + response")
+        _expect_rows(player, prompt_ids, f"{role}: prompts")
     if ptx:
         context_limit(players.policy.model, max(len(row.ids) for row in ptx), "ptx_data: longest dialogue")
         _expect_rows(players.policy, (row.ids for row in ptx), "ptx_data")
 
 
+def expect_known(players: Players, rollout: Rollout) -> None:
+    """Refuse a sampled id that another player has no embedding for. Models may have more rows than their tokenizer has
+    tokens, and by chance a policy samples one that no token uses."""
+    largest = int(rollout.response_ids_BR.max())
+    for role, player in _reading_ids(players).items():
+        if largest >= (rows := _rows(player)):
+            raise SetupError(
+                f"{role}: found {rows} embeddings, expected more than {largest}, an id that the policy sampled. Its "
+                "vocabulary is padded further than its tokenizer's; give both models as many rows (transformers' "
+                "resize_token_embeddings)"
+            )
+
+
+def _reading_ids(players: Players) -> dict[str, Player]:
+    """Everybody who reads the policy's ids, by role."""
+    found = {"policy": players.policy, "reference": players.reference, "critic": players.critic}
+    for term in players.terms:
+        if isinstance(term.reward, RewardModel) and term.reward.reads_ids:
+            found[f"reward {term.name}"] = term.reward.scalar
+    return {role: player for role, player in found.items() if player is not None}
+
+
+def _rows(player: Player) -> int:
+    return player.base.get_input_embeddings().weight.shape[0]
+
+
 def _expect_rows(player: Player, sequences: Iterable[Sequence[int]], what: str) -> None:
-    largest, rows = max(map(max, sequences)), player.base.get_input_embeddings().weight.shape[0]
+    largest, rows = max(map(max, sequences)), _rows(player)
     if largest >= rows:
         raise SetupError(
             f"{what}: found token id {largest}, expected less than {rows}, the rows of the model's embedding: its "

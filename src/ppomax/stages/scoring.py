@@ -15,7 +15,7 @@ from ppomax.models.players import Player, at_end, at_responses
 from ppomax.rewards.mixture import score_texts, weighted_sum
 from ppomax.rewards.model import RewardModel
 from ppomax.stages.players import Players
-from ppomax.types import Rollout, ScoredRollouts, SetupError, TokenBatch, Work, token_batch
+from ppomax.types import Rollout, ScoredRollouts, TokenBatch, Work, token_batch
 
 
 @dataclass(frozen=True)
@@ -129,24 +129,6 @@ class Readings:
     def bootstrap_B(self, rollout: Rollout, wanted: bool) -> Tensor:
         """V of the state that the length limit cut, 0 for other rows and where nothing is bootstrapped."""
         return torch.where(rollout.truncated_B & wanted, self.after_B, 0.0)
-
-
-def expect_known(players: Players, rollout: Rollout) -> None:
-    """Refuse a sampled id that another player has no embedding for. Models may have more rows than their tokenizer has
-    tokens, and by chance a policy samples one that no token uses."""
-    readers: dict[str, Player | None] = {"reference": players.reference, "critic": players.critic}
-    for term in players.terms:
-        if isinstance(term.reward, RewardModel) and term.reward.reads_ids:
-            readers[f"reward {term.name}"] = term.reward.scalar
-    largest = int(rollout.response_ids_BR.max())
-    for name, player in readers.items():
-        rows = largest + 1 if player is None else player.base.get_input_embeddings().num_embeddings
-        if largest >= rows:
-            raise SetupError(
-                f"{name}: found {rows} embeddings, expected more than {largest}, an id that the policy sampled. Its "
-                "vocabulary is padded further than its tokenizer's; give both models as many rows (transformers' "
-                "resize_token_embeddings)"
-            )
 
 
 @torch.no_grad()
