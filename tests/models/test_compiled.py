@@ -16,6 +16,7 @@ from ppomax.config import ModelConfig, SFTConfig
 from ppomax.engine import world
 from ppomax.engine.randomness import uniforms_for
 from ppomax.models.compiled import compile_layers
+from ppomax.models.lora import Lora
 from ppomax.models.players import Player, Policy
 from ppomax.models.shard import shard
 from ppomax.rollout.sampler import Distribution, sample
@@ -72,6 +73,14 @@ def test_numbers_and_gradients_are_those_of_the_layers_as_written(
     # Training and reading, each anew where an accident of the first batch (as many rows as prompts, say) was taken for
     # a rule: a number that does not depend on the three layers or the four shapes.
     assert 2 <= counters["stats"]["unique_graphs"] <= 5
+    assert not counters["graph_break"]
+
+
+def test_layers_with_adapters_share_their_graphs(lively: str) -> None:
+    plain, compiled = (policy(lively, trained=True, lora=Lora(2, 4.0)) for _ in range(2))
+    assert_same_gradients(traced(compiled), plain, several_per_prompt())
+    # Two for three layers: nothing below the first one learns.
+    assert counters["stats"]["unique_graphs"] == 2
     assert not counters["graph_break"]
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from models.architectures import policy, save_model
 from ppomax.models.load import Compute, export, export_scalar, load_causal_lm, load_scalar_lm
-from ppomax.models.lora import ADAPTER, Lora, add_adapters, has_adapters, merged_state
+from ppomax.models.lora import ADAPTER, Lora, _Adapted, add_adapters, has_adapters, merged_state
 from ppomax.models.players import Policy, Scalar
 from ppomax.types import SetupError, TokenBatch, token_batch
 
@@ -70,6 +70,54 @@ def test_the_formula_by_hand() -> None:
             assert torch.allclose(tensor, original[name] + 8.0 / 4 * high @ low, atol=1e-6)
         elif name in original:
             assert torch.equal(tensor, original[name])
+
+
+def by_peft(model: nn.Module) -> None:
+    """Let the adapted layers compute as PEFT wrote them."""
+    adapted = [layer for layer in model.modules() if hasattr(layer, "base_layer")]
+    assert adapted
+    for layer in adapted:
+        layer.__class__ = type(layer).__base__
+
+
+@pytest.mark.parametrize(("name", "biases"), [("llama", False), ("qwen2", True)])
+def test_layers_and_gradients_are_those_of_pefts_own_layers(tmp_path: Path, name: str, biases: bool) -> None:
+    folder = save_model(name, tmp_path)
+    ours, theirs = (policy(folder, trained=True, lora=LORA) for _ in range(2))
+    assert biases == any(name.endswith("base_layer.bias") for name, _ in ours.model.named_parameters())
+    by_peft(theirs.model)
+    with torch.no_grad():
+        for player in (ours, theirs):
+            for key, parameter in player.model.named_parameters():
+                generator = torch.Generator().manual_seed(len(key))
+                if ".lora_" in key or key.endswith("bias"):
+                    parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+        expected = theirs(batch()).logprobs_BT
+        assert torch.allclose(ours(batch()).logprobs_BT, expected, atol=1e-6)
+    assert expected.abs().max() > 1
+    for player in (ours, theirs):
+        assert torch.allclose(player(batch()).logprobs_BT, expected, atol=1e-6)
+        player(batch()).logprobs_BT.square().sum().backward()
+    for (key, found), right in zip(ours.trained_parameters().items(), theirs.trained_parameters().values(), strict=True):
+        assert torch.allclose(found.grad, right.grad, atol=1e-5, rtol=1e-4), key
+        assert right.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("learns", [True, False], ids=["states that learn", "states from frozen layers"])
+def test_first_and_second_derivatives_of_an_adapted_layer(learns: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias, low, high = (
+        torch.randn(shape, generator=generator, dtype=torch.float64) for shape in ((5, 4), (3, 4), (3,), (2, 4), (3, 2))
+    )
+    learning = [t.requires_grad_() for t in ([x, low, high] if learns else [low, high])]
+
+    def layer(*given: torch.Tensor) -> torch.Tensor:
+        x_NI, low_RI, high_OR = given if learns else (x, *given)
+        return _Adapted.apply(x_NI, weight, bias, low_RI, high_OR, 0.5)  # type: ignore[return-value]
+
+    assert torch.allclose(layer(*learning), x @ weight.T + bias + 0.5 * x @ low.T @ high.T)
+    assert torch.autograd.gradcheck(layer, learning)
+    assert torch.autograd.gradgradcheck(layer, learning)
 
 
 def test_the_seed_keys_the_start_and_nothing_global_moves() -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ppomax.errors import first_line
 from ppomax.types import SetupError
@@ -49,6 +51,52 @@ def add_adapters(model: nn.Module, base: Any, lora: Lora, *, first_layer: int) -
             peft.inject_adapter_in_model(config, model)
         except ValueError as error:
             raise SetupError(f"lora_rank: {type(model).__name__}: {first_line(error)}; leave it None") from None
+    for layer in model.modules():
+        if type(getattr(layer, "base_layer", None)) is nn.Linear:
+            layer.__class__ = _quick(type(layer))
+
+
+@cache
+def _quick(kind: type[nn.Module]) -> type[nn.Module]:
+    """PEFT's layer with `_adapted` for a forward pass. One class, since torch.compile traces each function once more."""
+    return type(kind.__name__, (kind,), {"forward": _adapted})
+
+
+def _adapted(layer: Any, x: Tensor) -> Tensor:
+    """What PEFT's layer computes, without its copies: its sum, its scaled product and the gradients of both cost as
+    much as the low-rank products themselves, several times over (docs/performance.md)."""
+    (adapter,) = layer.active_adapters
+    low_RI, high_OR = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    scale, x_NI = layer.scaling[adapter], x.reshape(-1, x.shape[-1])
+    if torch.is_grad_enabled():
+        base = layer.base_layer
+        y_NO = _Adapted.apply(x_NI, base.weight, base.bias, low_RI, high_OR, scale)
+    else:  # by the layer, which may be quicker with few rows (models/few_rows.py)
+        y_NO = layer.base_layer(x_NI).addmm_(x_NI @ low_RI.T, high_OR.T, alpha=scale)
+    return y_NO.view(*x.shape[:-1], -1)  # type: ignore[union-attr]
+
+
+class _Adapted(torch.autograd.Function):
+    """y = xWᵀ + b + scale·(xAᵀ)Bᵀ with W and b frozen: the adapter's part is added to products that are there anyway.
+
+    x·Aᵀ is made again in the backward pass, of which all can be differentiated once more (TRPO).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, low_RI: Tensor, high_OR: Tensor, scale: float
+    ) -> Tensor:
+        ctx.scale = scale
+        ctx.save_for_backward(x_NI, weight_OI, low_RI, high_OR)
+        return F.linear(x_NI, weight_OI, bias_O).addmm_(x_NI @ low_RI.T, high_OR.T, alpha=scale)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        d_y_NO = gradients[0]
+        x_NI, weight_OI, low_RI, high_OR = ctx.saved_tensors
+        d_low_NR = ctx.scale * (d_y_NO @ high_OR)
+        d_x_NI = (d_y_NO @ weight_OI).addmm_(d_low_NR, low_RI) if ctx.needs_input_grad[0] else None
+        return d_x_NI, None, None, d_low_NR.T @ x_NI, d_y_NO.T @ (ctx.scale * (x_NI @ low_RI.T)), None
 
 
 def has_adapters(model: nn.Module) -> bool:
