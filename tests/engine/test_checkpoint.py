@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ppomax.engine import checkpoint as module
 from ppomax.engine.checkpoint import (
+    checkpoints,
     file_hash,
     latest_checkpoint,
     load_checkpoint,
@@ -241,6 +243,31 @@ def test_each_damage_is_described(tmp_path: Path) -> None:
     (path / "manifest.json").unlink()
     assert "manifest.json: found nothing, expected" in verify_checkpoint(path)[0]
     assert latest_checkpoint(tmp_path)[0] is None
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "../iteration-1/state.json"])
+def test_a_manifest_reaches_no_file_elsewhere(name: str, tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"][name] = {"size": 0, "sha256": ""}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    said = f"{path / 'manifest.json'}: found the file '{name}', expected names of files beside it"
+    assert verify_checkpoint(path) == [said]
+
+
+def test_a_listed_file_that_is_none_is_not_read(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    (path / "state.json").unlink()
+    os.mkfifo(path / "state.json")  # opening it would wait for ever
+    assert "state.json: found no regular file, expected one of" in verify_checkpoint(path)[0]
+
+
+def test_a_copy_that_somebody_keeps_is_not_the_runs(tmp_path: Path) -> None:
+    kept = tmp_path / "good-3"
+    shutil.copytree(save(tmp_path, 3), kept)
+    save(tmp_path, 2, keep=1)
+    assert names(tmp_path) == ["good-3", "iteration-2"] and not verify_checkpoint(kept)
+    assert [path.name for path in checkpoints(tmp_path)] == ["iteration-2"]
 
 
 def test_loading_into_another_model_names_the_tensors(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ppomax.engine.durable import TEMPORARY
 from ppomax.engine.rundir import (
     Run,
     final_complete,
@@ -111,6 +112,14 @@ def test_a_directory_that_is_not_a_run_is_never_touched(tmp_path: Path, fresh: b
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run.json", "thesis.tex"]
 
 
+@pytest.mark.parametrize("name", [".tmp-cache", ".old-models"])
+def test_names_like_those_of_our_leftovers_make_no_directory_ours(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(SetupError, match="nothing is written or deleted there, choose"):
+        open_run(tmp_path, verb="ppo", config=CONFIG)
+    assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
 def test_a_file_and_a_path_below_a_file_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("")
@@ -150,6 +159,13 @@ def test_what_fresh_replaces_comes_back_until_it_is_forgotten(tmp_path: Path) ->
     assert contents(tmp_path) == before
     # A process that was killed before the new run had begun: whoever comes next finds the old run, and may say fresh.
     open_run(tmp_path, verb="ppo", config={"seed": 9}, fresh=True).close()
+    with pytest.raises(SetupError, match=r"found a run of `ppomax sft`"):
+        open_run(tmp_path, verb="ppo", config={"seed": 9}, resume=True)
+    assert contents(tmp_path) == before
+    # Nor is it begun while the disk is tried.
+    new = open_run(tmp_path, verb="ppo", config={"seed": 9}, fresh=True)
+    (new.checkpoints / f"{TEMPORARY}probe-1").mkdir(parents=True)
+    new.close()
     with pytest.raises(SetupError, match=r"found a run of `ppomax sft`"):
         open_run(tmp_path, verb="ppo", config={"seed": 9}, resume=True)
     assert contents(tmp_path) == before

@@ -59,7 +59,7 @@ def test_a_measurement_leaves_the_random_state_alone() -> None:
 def test_shapes_of_a_model() -> None:
     llama = {"hidden_size": 32, "intermediate_size": 48, "vocab_size": 259}
     assert model_shapes(llama) == {
-        "attention": (1024, 32, 32), "up": (1024, 32, 48), "down": (1024, 48, 32), "vocabulary": (64, 32, 259)
+        "attention": (1024, 32, 32), "up": (1024, 32, 48), "down": (1024, 48, 32), "vocabulary": (259, 32, 64)
     }  # fmt: skip
     assert model_shapes({"n_embd": 8, "n_inner": None, "vocab_size": 9})["up"] == (1024, 8, 32)
     assert model_shapes({"vocab_size": 9}) == {}

@@ -98,7 +98,9 @@ def test_layers_and_gradients_are_those_of_pefts_own_layers(tmp_path: Path, name
     for player in (ours, theirs):
         assert torch.allclose(player(batch()).logprobs_BT, expected, atol=1e-6)
         player(batch()).logprobs_BT.square().sum().backward()
-    for (key, found), right in zip(ours.trained_parameters().items(), theirs.trained_parameters().values(), strict=True):
+    for (key, found), right in zip(
+        ours.trained_parameters().items(), theirs.trained_parameters().values(), strict=True
+    ):
         assert torch.allclose(found.grad, right.grad, atol=1e-5, rtol=1e-4), key
         assert right.grad.abs().max() > 0
 

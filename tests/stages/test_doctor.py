@@ -102,6 +102,8 @@ def test_the_command_prints_everything(capsys: pytest.CaptureFixture[str], monke
         assert name in out
     assert "missing: needed for things that nobody needs; pip install no-such-package" in out
     assert "matrix products float32 " in out and "GFLOP/s, bfloat16 " in out
-    assert "smollm2-135m, float32 attention " in out and "vocabulary " in out and "(1,024 tokens)" in out
+    assert (
+        "smollm2-135m, float32 attention " in out and "vocabulary " in out and "(1,024 tokens; vocabulary: 64)" in out
+    )
     assert "memory copies " in out and "GB/s" in out
     assert "first use takes some ten seconds more" in out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,16 @@ def test_trap_15_the_update_takes_the_coefficients_that_were_steered(
         after[name] = {key: p.detach().clone() for key, p in job.players.policy.trained_parameters().items()}
     assert same_bits(after["steered"], after["set"])
     assert distance(after["neither"], after["steered"]) > 1e-5
+
+
+def test_a_policy_that_makes_no_numbers_steers_nothing(trained: Trained, toys: Toys, tmp_path: Path) -> None:
+    settings = {"kl": KLConfig(target=1.0), "objective": ObjectiveConfig(kind="penalty", penalty_target=0.01)}
+    job = prepared(ppo_config(tmp_path / "run", trained.sft, toys.prompts, **settings))
+    before = dataclasses.replace(job.steering)
+    job.steer({"iteration": 1, "kl_per_sequence": math.nan, "distance_moved": math.inf})
+    assert job.steering == before
+    job.steer({"iteration": 1, "kl_per_sequence": 9.0, "distance_moved": 9.0})
+    assert job.steering.kl > before.kl and job.steering.penalty > before.penalty
 
 
 def test_trap_22_the_policy_begins_where_the_critics_training_ended(

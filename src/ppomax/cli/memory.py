@@ -13,6 +13,7 @@ from ppomax.errors import first_line
 # The outermost of these modules on the way to the failure says what was going on.
 PHASES = {
     "ppomax.rollout.sampler": "in generate",
+    "ppomax.rollout.vllm": "in generate",
     "ppomax.stages.scoring": "in score",
     "ppomax.stages.buffer": "in score",
     "ppomax.stages.reward_scoring": "in score",
@@ -24,8 +25,11 @@ PHASES = {
 PARTS = {
     "ppomax.models.load": "while loading models",
     "ppomax.engine.checkpoint": "while saving",
+    "ppomax.engine.background": "while saving",
     "ppomax.rewards.callables": "in a reward function",
 }
+# Functions of models/load.py that write a model, which is saving as well.
+EXPORTS = ("export", "export_scalar", "whole_state")
 _MICROBATCH = "compute.tokens_per_microbatch"
 SETTINGS = {
     "in generate": ("sampling.max_rows", "sampling.max_new_tokens"),
@@ -68,6 +72,9 @@ def _frames(trace: TracebackType | None) -> Iterator[FrameType]:
 
 def _phase(frames: list[FrameType]) -> str:
     modules = [frame.f_globals.get("__name__", "") for frame in frames]
+    calls = zip(modules, (frame.f_code.co_name for frame in frames), strict=True)
+    if any(name == "ppomax.models.load" and function in EXPORTS for name, function in calls):
+        return "while saving"
     found = [PARTS[name] for name in modules if name in PARTS] + [PHASES[name] for name in modules if name in PHASES]
     return found[0] if found else ""
 

@@ -13,6 +13,7 @@ import math
 import os
 import re
 import shutil
+import stat
 import tempfile
 import warnings
 from collections.abc import Callable, Collection, Mapping
@@ -50,6 +51,8 @@ JSON: TypeAlias = "dict[str, JSON] | list[JSON] | str | int | float | bool | Non
 # safetensors builds a whole file in memory before it writes it, so a file stays small: it also costs less time.
 FILE_BYTES = 32 * 1024**2
 _NAME = re.compile(r"[A-Za-z][A-Za-z_]*-\d+")
+# Those of a run. A copy under another name, which somebody keeps beside them, is left alone.
+_OF_RUNS = re.compile(r"(iteration|step)-\d+")
 _FORMAT = "ppomax-checkpoint-1"
 
 
@@ -126,6 +129,9 @@ def verify_checkpoint(path: Path) -> list[str]:
         return [f"{path / 'manifest.json'}: found nothing, expected the list of the checkpoint's files"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return [f"{path / 'manifest.json'}: found {error!r} on reading, expected the list of the checkpoint's files"]
+    elsewhere = [name for name in listed if Path(name).name != name]
+    if elsewhere:
+        return [f"{path / 'manifest.json'}: found the file {elsewhere[0]!r}, expected names of files beside it"]
     problems = [found for name, entry in listed.items() if (found := _file_problem(path / name, *entry))]
     if "state.json" not in listed:
         problems.append(f"{path / 'manifest.json'}: found no entry for state.json, expected one")
@@ -155,10 +161,10 @@ def latest_checkpoint(folder: Path, *, at_most: int | None = None) -> tuple[Path
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a folder by number, intact or not; temporary names do not match."""
+    """The checkpoints of a run in a folder, by number, intact or not; temporary names do not match."""
     found: list[Path] = []
     with suppress(FileNotFoundError):
-        found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name)]
+        found = [path for path in folder.iterdir() if _OF_RUNS.fullmatch(path.name)]
     return sorted(found, key=checkpoint_number)
 
 
@@ -295,15 +301,18 @@ def _differences(wanted: Mapping[str, Any], saved: Mapping[str, Any]) -> list[st
 
 def _file_problem(path: Path, size: int, sha256: str) -> str | None:
     try:
-        found_size = path.stat().st_size
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            return f"{path}: found no regular file, expected one of {size} bytes"
+        found_size = found.st_size
         if found_size != size:
             return f"{path}: found {found_size} bytes, expected {size}"
-        found = file_hash(path)
+        digest = file_hash(path)
     except FileNotFoundError:
         return f"{path}: found nothing, expected a file of {size} bytes"
     except OSError as error:
         return f"{path}: found {error.strerror} on reading, expected {size} bytes"
-    return None if found == sha256 else f"{path}: found SHA-256 {found[:12]}…, expected {sha256[:12]}…"
+    return None if digest == sha256 else f"{path}: found SHA-256 {digest[:12]}…, expected {sha256[:12]}…"
 
 
 def _expect_valid(path: Path) -> None:

@@ -7,14 +7,13 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TextIO
 
 import yaml
 
 from ppomax.engine.durable import (
-    REPLACED,
     TEMPORARY,
     disk_errors,
     publish,
@@ -61,11 +60,15 @@ _CONFIG_HEADER = """# The settings of this run of `ppomax {verb}`, as resolved f
 
 @dataclass(frozen=True)
 class Run:
-    """The paths of one run directory. `lock` is the open lock file: held until `close()` or the end of the process."""
+    """The paths of one run directory. `lock` is the open lock file: held until `close()` or the end of the process.
+
+    stored: the settings that its config.yaml held before it was opened.
+    """
 
     path: Path
     verb: str
     lock: TextIO | None = field(default=None, repr=False, compare=False)
+    stored: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def config(self) -> Path:
@@ -185,6 +188,7 @@ def open_run(
         if fresh:
             _set_aside(path)
         _check_owner(run, config, resume, ignore)
+        run = replace(run, stored=_read_yaml(run.config) if run.config.exists() else {})
         settle(path)
         settle(run.checkpoints)
         if not run.finished:
@@ -239,13 +243,14 @@ def _check_owner(run: Run, config: Mapping[str, Any], resume: bool, ignore: Coll
 
 
 def _has_work(run: Run) -> bool:
-    return run.metrics.exists() or run.final.exists() or (run.checkpoints.is_dir() and any(run.checkpoints.iterdir()))
+    saved = run.checkpoints.iterdir() if run.checkpoints.is_dir() else ()
+    return run.metrics.exists() or run.final.exists() or any(not p.name.startswith(TEMPORARY) for p in saved)
 
 
 def _contents(path: Path) -> list[str]:
-    """Names in the directory, apart from our own lock and leftovers."""
+    """Names in the directory, apart from what we leave where a run was never begun."""
     names = sorted(entry.name for entry in path.iterdir()) if path.is_dir() else []
-    return [name for name in names if name not in (".lock", PREVIOUS) and not name.startswith((TEMPORARY, REPLACED))]
+    return [name for name in names if name not in (".lock", PREVIOUS, f"{TEMPORARY}run.json")]
 
 
 def stored_verb(path: Path) -> str | None:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 SIDES = (256, 512, 1024, 2048, 4096, 8192)
-TOKENS = 1024
+TOKENS, FEW = 1024, 64
 COPIED_BYTES = 2**28
 # A block of repetitions, so that starting a kernel and reading the clock do not count.
 SHORTEST_BLOCK = 0.005
@@ -58,7 +58,9 @@ def copy_rate(device: torch.device, *, seconds: float) -> float:
 
 
 def model_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
-    """The products that a model with this config.json spends its time in, for `TOKENS` tokens, few for the vocabulary.
+    """The products that a model with this config.json spends its time in, for `TOKENS` tokens.
+
+    For the vocabulary it is `FEW` tokens and the weight is the first factor, as where logits are formed.
 
     Empty if it does not say how wide its states are.
     """
@@ -68,7 +70,7 @@ def model_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
     inner = config.get("intermediate_size") or config.get("n_inner") or 4 * hidden
     return {
         "attention": (TOKENS, hidden, hidden), "up": (TOKENS, hidden, inner), "down": (TOKENS, inner, hidden),
-        "vocabulary": (TOKENS // 16, hidden, config["vocab_size"]),
+        "vocabulary": (config["vocab_size"], hidden, FEW),
     }  # fmt: skip
 
 

@@ -58,13 +58,13 @@ def add_adapters(model: nn.Module, base: Any, lora: Lora, *, first_layer: int) -
 
 @cache
 def _quick(kind: type[nn.Module]) -> type[nn.Module]:
-    """PEFT's layer with `_adapted` for a forward pass. One class, since torch.compile traces each function once more."""
+    """PEFT's layer with `_adapted` for a forward pass: a class, since torch.compile traces anew for each instance's own."""
     return type(kind.__name__, (kind,), {"forward": _adapted})
 
 
 def _adapted(layer: Any, x: Tensor) -> Tensor:
-    """What PEFT's layer computes, without its copies: its sum, its scaled product and the gradients of both cost as
-    much as the low-rank products themselves, several times over (docs/performance.md)."""
+    """What PEFT's layer computes, without its copies: a sum and a scaled product of whole outputs, and the gradients of
+    both, which cost several times as much as the low-rank products (docs/performance.md)."""
     (adapter,) = layer.active_adapters
     low_RI, high_OR = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
     scale, x_NI = layer.scaling[adapter], x.reshape(-1, x.shape[-1])

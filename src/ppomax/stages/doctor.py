@@ -14,7 +14,7 @@ import torch
 from ppomax import __version__
 from ppomax.config import DoctorConfig
 from ppomax.engine.durable import free_bytes
-from ppomax.engine.speed import TOKENS, copy_rate, model_shapes, peak_rate, product_rate
+from ppomax.engine.speed import FEW, TOKENS, copy_rate, model_shapes, peak_rate, product_rate
 from ppomax.models.embedded import cache_directory, cached_model
 from ppomax.models.load import Compute, load_config, resolve_compute
 from ppomax.models.shapes import KNOWN
@@ -109,7 +109,7 @@ def _measure(found: dict[str, Any], compute: Compute, model: str | None) -> None
     machine["matrix products"] = ", ".join(f"{name} {rate:,.1f} GFLOP/s" for name, rate in found["gflops"].items())
     for dtype, rates in found["shapes"].items():
         told = ", ".join(f"{name} {rate:,.1f}" for name, rate in rates.items())
-        machine[f"{model or 'smollm2-135m'}, {dtype}"] = f"{told} GFLOP/s ({TOKENS:,} tokens)"
+        machine[f"{model or 'smollm2-135m'}, {dtype}"] = f"{told} GFLOP/s ({TOKENS:,} tokens; vocabulary: {FEW})"
     machine["memory copies"] = f"{found['copy_gbytes']:,.1f} GB/s, reading and writing both counted"
 
 

@@ -6,11 +6,13 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from huggingface_hub import try_to_load_from_cache
 
 from ppomax.config import ModelConfig, SamplingConfig
 from ppomax.data.chat import fit_dialogue, fit_prompt, render_dialogue, render_prompt, render_response
@@ -252,10 +254,13 @@ def fitted_prompts(tokenizer: Any, specs: Sequence[str], max_tokens: int) -> Pro
 
 
 def weights_hash(name: str) -> str:
-    """A fingerprint of a model directory's weights; a hub name stands for itself."""
+    """A fingerprint of a model directory's weights; a hub name has that of the commit that is in the cache."""
     folder = Path(model_directory(name))
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
     if not files:
+        with suppress(ValueError):  # no name that the hub could have
+            if isinstance(cached := try_to_load_from_cache(name, "config.json"), str):
+                return f"{name}@{Path(cached).parent.name}"
         return name
     return hashlib.sha256("".join(file_hash(file) for file in files).encode()).hexdigest()
 
@@ -263,6 +268,8 @@ def weights_hash(name: str) -> str:
 def expect_same_weights(role: str, name: str, saved: str) -> None:
     """Refuse to go on with a frozen model that is not the one the run began with."""
     found = weights_hash(name)
+    if saved == name and found.startswith(f"{name}@"):  # of a run from before commits were kept
+        return
     if found == name != saved:  # it was a directory, and here looks like a hub name
         raise SetupError(f"{role} {name}: no such directory here; give the command in the folder where the run began")
     if found != saved:

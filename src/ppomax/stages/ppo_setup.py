@@ -113,12 +113,13 @@ class Job:
             flat = has_converged(losses, window=PRETRAIN_WINDOW, tolerance=config.critic.pretrain_tolerance)
             if flat and row["explained_variance"] > 0:
                 self.steering.pretrained = iteration + 1
-        if config.kl.target is not None and not pretraining:
+        # A policy that makes no numbers steers nothing: its steps are skipped and counted (stages/nonfinite.py).
+        if config.kl.target is not None and not pretraining and math.isfinite(row["kl_per_sequence"]):
             self.steering.kl = adaptive_coefficient(
                 self.steering.kl, row["kl_per_sequence"], target=config.kl.target, horizon=config.kl.horizon,
                 samples=config.rollout_batch,
             )  # fmt: skip
-        if config.objective.penalty_target is not None and not pretraining:
+        if config.objective.penalty_target is not None and not pretraining and math.isfinite(row["distance_moved"]):
             self.steering.penalty = penalty_coefficient(
                 self.steering.penalty, row["distance_moved"], target=config.objective.penalty_target
             )

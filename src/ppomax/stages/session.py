@@ -190,8 +190,9 @@ class Session:
 
     @property
     def _rows_unsaved(self) -> int:
-        """As many rows may be in the log before the first checkpoint is complete."""
-        return self.save.every * (2 if self.save.background else 1)
+        """As many rows may be in the log before the first checkpoint is complete, by the settings that they had."""
+        given = {**self.save.model_dump(), **self.run.stored.get("save", {})}
+        return given["every"] * (2 if given["background"] else 1)
 
     def seconds(self) -> float:
         """Seconds of work so far, earlier parts of a resumed run included."""
