@@ -58,7 +58,7 @@ def add_adapters(model: nn.Module, base: Any, lora: Lora, *, first_layer: int) -
 
 @cache
 def _quick(kind: type[nn.Module]) -> type[nn.Module]:
-    """PEFT's layer with `_adapted` for a forward pass: a class, since torch.compile traces anew for each instance's own."""
+    """PEFT's layer with `_adapted` for a forward pass: torch.compile would trace a function of each instance anew."""
     return type(kind.__name__, (kind,), {"forward": _adapted})
 
 
