@@ -56,8 +56,8 @@ test: $(INSTALLED) ## all tests but test-faults and test-gpu
 test-fast: $(INSTALLED) ## all tests but the slow ones
 	@$(PYTEST) -m "not slow and not faults" $(ARGS)
 
-test-faults: $(INSTALLED) ## runs that are killed dozens of times and go on exactly; minutes
-	@$(PYTEST) -m faults -rP --durations 5 tests/faults $(ARGS)
+test-faults: $(INSTALLED) ## runs that are killed dozens of times and go on exactly, full disks, lost ranks; minutes
+	@$(PYTEST) -m "faults or not faults" -rP --durations 5 tests/faults $(ARGS)
 
 test-gpu: $(INSTALLED) ## what only an NVIDIA GPU can show: minutes
 	@$(BIN)/python -c 'import sys, torch; torch.cuda.is_available() or sys.exit("test-gpu: found no CUDA device that torch can use")'

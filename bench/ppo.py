@@ -27,6 +27,7 @@ from bench.plan import Contender, Workload
 from ppomax.config import PPOConfig
 from ppomax.config.layers import overlay
 from ppomax.config.recipes import vanilla
+from ppomax.models.attention import without_plans
 from ppomax.models.load import load_tokenizer, model_directory
 from ppomax.monitor.log import read_metrics
 from ppomax.stages import inputs, update
@@ -106,7 +107,7 @@ def our_config(
     layers = AutoConfig.from_pretrained(model_directory(arguments.model)).num_hidden_layers
     layouts = {"full": {}, "lora": {"lora_rank": LORA_RANK}, "trunk": {"train_layers": max(layers // 3, 1)}}
     # On a GPU minibatches of up to so many tokens are read whole, as TRL reads them on either. Who takes adapters to
-    # save memory reads few at once on a processor, which is no slower there.
+    # save memory reads few at once.
     budget = {"tokens_per_microbatch": 32768} if arguments.device == "cuda" else {}
     if contender.layout == "lora" and arguments.device == "cpu":
         budget = {"tokens_per_microbatch": LORA_TOKENS}
@@ -141,6 +142,8 @@ def _theirs(contender: Contender, arguments: argparse.Namespace, workload: Workl
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
     from trl.experimental.ppo import PPOConfig as Settings
     from trl.experimental.ppo import PPOTrainer, ppo_trainer
+
+    without_plans(torch.device(arguments.device))  # as every model that ppomax loads
 
     # A pad id beyond the vocabulary, as in TRL's own example. One that can be sampled would hide tokens from it.
     tokenizer = load_tokenizer(arguments.model)

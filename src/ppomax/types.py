@@ -195,12 +195,12 @@ class Experience:
             self.rollout, response_ids_BR=self.rollout.response_ids_BR[:, :width],
             behaviour_logprobs_BR=self.rollout.behaviour_logprobs_BR[:, :width],
         )  # fmt: skip
-        moved = {
-            f.name: getattr(self, f.name)[:, :width].to(device)
+        there = {
+            f.name: moved(getattr(self, f.name)[:, :width], device)
             for f in fields(self)
             if isinstance(getattr(self, f.name), Tensor)
         }
-        return replace(self, rollout=rollout, **moved)
+        return replace(self, rollout=rollout, **there)
 
 
 @dataclass(frozen=True)
@@ -322,11 +322,15 @@ def token_batch(
     ids_BT = torch.full((len(rows), width), pad, dtype=torch.long)
     for i, row in enumerate(rows):
         ids_BT[i, : len(row)] = torch.tensor(row, dtype=torch.long)
-    return TokenBatch(
-        ids_BT.to(device),
-        torch.tensor([len(row) for row in rows], device=device),
-        torch.tensor([len(p) for p in prompts], device=device),
-    )
+    lengths = torch.tensor([len(row) for row in rows]), torch.tensor([len(p) for p in prompts])
+    return TokenBatch(*(moved(x, device) for x in (ids_BT, *lengths)))
+
+
+def moved(x: Tensor, device: str) -> Tensor:
+    """A tensor on a device; to a GPU by way of pinned memory, so that nothing waits for the copy."""
+    if x.device.type == "cpu" and torch.device(device).type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 def length_mask(length_B: Tensor, width: int) -> Tensor:
