@@ -37,8 +37,8 @@ MUTATIONS = [
     ),
     Mutation(
         2, "a batch's lengths count the ids that are no pad", "types.py",
-        "torch.tensor([len(row) for row in rows], device=device)",
-        "(ids_BT != pad).sum(1).to(device)",
+        "torch.tensor([len(row) for row in rows])",
+        "(ids_BT != pad).sum(1)",
         (f"{PLAYERS}::test_trap_02_pad_and_eos_ids_inside_a_response_count_like_any_other",),
     ),
     Mutation(
