@@ -255,7 +255,8 @@ MUTATIONS = [
     ),
     Mutation(
         15, "the KL coefficient moves once a minibatch", "stages/ppo_setup.py",
-        "        if config.kl.target is not None and not pretraining:\n            self.steering.kl = adaptive_coefficient(",
+        '        if config.kl.target is not None and not pretraining and math.isfinite(row["kl_per_sequence"]):\n'
+        "            self.steering.kl = adaptive_coefficient(",
         "        moves = config.rollout_batch // config.minibatch\n"
         "        for _ in range(0 if config.kl.target is None or pretraining else moves):\n"
         "            self.steering.kl = adaptive_coefficient(",

@@ -281,8 +281,8 @@ MUTATIONS = [
     ),
     Mutation(
         30, "a checkpoint counts as intact by the size of its files", "engine/checkpoint.py",
-        "return None if found == sha256 else f",
-        "return None if found != '' else f",
+        "return None if digest == sha256 else f",
+        "return None if digest != '' else f",
         (f"{CHECKPOINT}::test_trap_30_a_flipped_byte_anywhere_is_found_and_the_one_before_used",),
     ),
     Mutation(
