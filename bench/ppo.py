@@ -23,7 +23,7 @@ from transformers import AutoConfig
 
 from bench.common import Run, peak_gib
 from bench.materials import prompt_ids
-from bench.plan import Contender, Workload
+from bench.plan import LORA_TOKENS, Contender, Workload
 from ppomax.config import PPOConfig
 from ppomax.config.layers import overlay
 from ppomax.config.recipes import vanilla
@@ -34,7 +34,7 @@ from ppomax.stages import inputs, update
 from ppomax.stages.ppo import ppo
 
 LEARNING_RATE, BETAS, KL, GAE_LAMBDA, CLIP = 1e-6, (0.9, 0.95), 0.05, 0.95, 0.2
-LORA_RANK, LORA_TOKENS = 16, 512
+LORA_RANK = 16
 
 
 def contend(contender: Contender, arguments: argparse.Namespace, workload: Workload, work: Path, scratch: Path) -> Run:

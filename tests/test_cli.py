@@ -20,7 +20,6 @@ from ppomax.config import ChatConfig, RewardConfig
 from ppomax.config.layers import plain
 from ppomax.config.recipes import PPO_RECIPES, REWARD_RECIPES, SFT_RECIPES
 from ppomax.errors import SetupError
-from ppomax.models import load
 
 REWARDS = """
 import os
@@ -343,18 +342,6 @@ def test_out_of_memory_names_the_flags_to_lower(function: str, here: Path, capsy
     err = capsys.readouterr().err
     assert "error: out of memory" in err and "more about it" not in err
     assert "out of memory in a reward function (" in err and "Lower --rollout-batch, or free some memory" in err
-
-
-def test_out_of_memory_in_an_export_is_out_of_memory_while_saving(
-    here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def full(*_: object) -> None:
-        raise MemoryError("no room")
-
-    monkeypatch.setattr(load, "whole_state", full)
-    assert main([*PPO, "--reward", "cli_rewards:length"]) == 1
-    said = " ".join(capsys.readouterr().err.split())
-    assert "out of memory while saving (no room). Free some memory and start again" in said
 
 
 def test_a_full_disk_is_exit_code_1(here: Path) -> None:

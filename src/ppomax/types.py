@@ -195,12 +195,12 @@ class Experience:
             self.rollout, response_ids_BR=self.rollout.response_ids_BR[:, :width],
             behaviour_logprobs_BR=self.rollout.behaviour_logprobs_BR[:, :width],
         )  # fmt: skip
-        there = {
-            f.name: moved(getattr(self, f.name)[:, :width], device)
+        moved = {
+            f.name: to_device(getattr(self, f.name)[:, :width], device)
             for f in fields(self)
             if isinstance(getattr(self, f.name), Tensor)
         }
-        return replace(self, rollout=rollout, **there)
+        return replace(self, rollout=rollout, **moved)
 
 
 @dataclass(frozen=True)
@@ -323,10 +323,10 @@ def token_batch(
     for i, row in enumerate(rows):
         ids_BT[i, : len(row)] = torch.tensor(row, dtype=torch.long)
     lengths = torch.tensor([len(row) for row in rows]), torch.tensor([len(p) for p in prompts])
-    return TokenBatch(*(moved(x, device) for x in (ids_BT, *lengths)))
+    return TokenBatch(*(to_device(x, device) for x in (ids_BT, *lengths)))
 
 
-def moved(x: Tensor, device: str) -> Tensor:
+def to_device(x: Tensor, device: str) -> Tensor:
     """A tensor on a device; to a GPU by way of pinned memory, so that nothing waits for the copy."""
     if x.device.type == "cpu" and torch.device(device).type == "cuda":
         return x.pin_memory().to(device, non_blocking=True)

@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from ppomax.cli import main
+from ppomax.models import load
+
 # A short run first: whatever is imported or kept is there before the limit.
 LIMITED = """
 import resource, sys
@@ -66,3 +69,17 @@ def test_out_of_memory_names_the_phase_the_tokens_and_the_knob(phase: str, tmp_p
     assert done.returncode == 1, said
     assert re.search(rf"error: out of memory in {phase}, {tokens} \(.*\)\. Lower {flags}, or free some memory", said)
     assert "Traceback" not in said
+
+
+def test_out_of_memory_in_an_export_is_out_of_memory_while_saving(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise MemoryError("no room")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(load, "whole_state", full)
+    Path("long.jsonl").write_text(json.dumps({"prompt": "one", "response": "yes"}) + "\n")
+    assert main(SFT.split()) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "out of memory while saving (no room). Free some memory and start again" in said

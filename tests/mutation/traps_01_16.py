@@ -327,8 +327,8 @@ MUTATIONS = [
     ),
     Mutation(
         16, "advantages are whitened a microbatch at a time", "stages/update.py",
-        "advantages = advantages_BR[rows, : micro.batch.response_width]",
-        "advantages = _normalised(part.take(rows), config)[:, : micro.batch.response_width]",
+        "advantages = to_device(advantages_BR[rows, :width], device)",
+        "advantages = to_device(_normalised(part.take(rows), config)[:, :width], device)",
         (f"{UPDATE}::test_trap_16_and_19_the_size_of_microbatches_changes_nothing[True]",),
     ),
 ]  # fmt: skip

@@ -187,8 +187,7 @@ def open_run(
         run.forget_previous()
         if fresh:
             _set_aside(path)
-        _check_owner(run, config, resume, ignore)
-        run = replace(run, stored=_read_yaml(run.config) if run.config.exists() else {})
+        run = replace(run, stored=_checked_settings(run, config, resume, ignore))
         settle(path)
         settle(run.checkpoints)
         if not run.finished:
@@ -207,7 +206,8 @@ def _describe(run: Run, config: Mapping[str, Any]) -> None:
     write_text_atomic(run.config, _CONFIG_HEADER.format(verb=run.verb) + text)
 
 
-def _check_owner(run: Run, config: Mapping[str, Any], resume: bool, ignore: Collection[str]) -> None:
+def _checked_settings(run: Run, config: Mapping[str, Any], resume: bool, ignore: Collection[str]) -> Mapping[str, Any]:
+    """The settings that are stored there, if this run may go on with them; none where there is no run."""
     choices = "--fresh to delete it and start over, or choose another output directory"
     found_verb = stored_verb(run.path)
     if not run.config.exists() and _has_work(run):
@@ -215,12 +215,13 @@ def _check_owner(run: Run, config: Mapping[str, Any], resume: bool, ignore: Coll
             f"{run.config}: found nothing, expected the settings of the run that is here; restore it, use {choices}"
         )
     if found_verb is None or not run.config.exists():
-        return
+        return {}
     if found_verb != run.verb:
         raise SetupError(
             f"{run.path}: found a run of `ppomax {found_verb}`, expected one of `ppomax {run.verb}`; use {choices}"
         )
-    found, expected = _flat(_read_yaml(run.config)), _flat(_plain(config))
+    stored = _read_yaml(run.config)
+    found, expected = _flat(stored), _flat(_plain(config))
     skip = tuple(ignore)
     differing = [
         f"{key}: found {_show(found, key)}, expected {_show(expected, key)}"
@@ -240,6 +241,7 @@ def _check_owner(run: Run, config: Mapping[str, Any], resume: bool, ignore: Coll
             f"{run.path}: found an unfinished `ppomax {run.verb}` run with these settings, expected a new directory; "
             f"use --resume to go on with it, {choices}"
         )
+    return stored
 
 
 def _has_work(run: Run) -> bool:

@@ -36,7 +36,7 @@ from ppomax.stages.inputs import (
 )
 from ppomax.stages.nonfinite import NONFINITE_IN_A_ROW, failed_step, failures_after
 from ppomax.stages.session import Session, session
-from ppomax.types import TokenBatch, Work, token_batch
+from ppomax.types import TokenBatch, Work, to_device, token_batch
 
 
 def sft(config: SFTConfig, *, resume: bool = False, fresh: bool = False) -> dict[str, Any]:
@@ -179,7 +179,7 @@ def packed(rows: Sequence[Tokens], device: str) -> tuple[TokenBatch, torch.Tenso
     mask_BT = torch.zeros(batch.ids_BT.shape, dtype=torch.bool)
     for i, row in enumerate(rows):
         mask_BT[i, 1 : len(row.mask)] = torch.tensor(row.mask[1:])
-    return batch, mask_BT.to(device)
+    return batch, to_device(mask_BT, device)
 
 
 def adamw(optim: Any) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from ppomax.rl.kl import full_kl
 from ppomax.rl.policy_objectives import surrogate_loss
 from ppomax.rl.trust_region import line_search, natural_step
 from ppomax.stages.scoring import Minibatch
-from ppomax.types import Experience
+from ppomax.types import Experience, to_device
 
 SHRINK = 0.5
 TOLERANCE = 1e-5
@@ -39,7 +39,7 @@ def trust_region_step(
     for micro in minibatch.micros:
         rows = [place[row] for row in micro.rows]
         width = micro.batch.response_width
-        pieces.append((micro.batch, part.take(rows).cut(width, device), advantages_BR[rows, :width].to(device)))
+        pieces.append((micro.batch, part.take(rows).cut(width, device), to_device(advantages_BR[rows, :width], device)))
 
     def objective() -> Iterator[Tensor]:
         for batch, piece, advantages in pieces:

@@ -24,7 +24,7 @@ from ppomax.stages.players import Players
 from ppomax.stages.scoring import Microbatch, Minibatch
 from ppomax.stages.sft import packed, passes, rate
 from ppomax.stages.trust_region import trust_region_step
-from ppomax.types import Experience
+from ppomax.types import Experience, to_device
 
 WHITEN_EPS = 1e-8
 
@@ -196,11 +196,11 @@ def _backward(
     advantages_BR = _normalised(part, config)
     denom = float(part.rollout.mask_BR.sum())
     place = {row: i for i, row in enumerate(minibatch.rows)}
-    clock, found = players.clock, Totals(passes=1)
+    clock, found, device = players.clock, Totals(passes=1), str(players.compute.device)
     for micro in minibatch.micros:
-        rows = [place[row] for row in micro.rows]
-        piece = part.take(rows).cut(micro.batch.response_width, str(players.compute.device))
-        advantages = advantages_BR[rows, : micro.batch.response_width].to(players.compute.device)
+        rows, width = [place[row] for row in micro.rows], micro.batch.response_width
+        piece = part.take(rows).cut(width, device)
+        advantages = to_device(advantages_BR[rows, :width], device)
         if not pretraining and config.objective.kind != "trpo":
             with clock("train/policy", micro.work(players.policy, training=True)):
                 _backward_policy(players, piece, micro, advantages, config, steering, denom, found)
