@@ -36,4 +36,4 @@ def test_another_commit_is_another_model(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_name_that_the_hub_could_not_have_stands_for_itself() -> None:
-    assert weights_hash("no/such/directory") == "no/such/directory"
+    assert weights_hash("no name/of a model") == "no name/of a model"

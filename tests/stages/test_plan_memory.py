@@ -207,7 +207,7 @@ def test_a_layers_activations_are_what_autograd_keeps(dtype: torch.dtype, rank: 
         assert scores.logprobs_BT.requires_grad
         kept.append(saved.bytes)
     part = Pass(5, 5 * 40, 5 * 24, keys=5 * 16 + 5 * 40, scores=5 * 16 * 16 + 5 * 24 * 40, pairs=0, alone=True)
-    counted = layer_activations(role().shape, part, dtype.itemsize, rank=rank)
+    counted = layer_activations(role().shape, part, dtype.itemsize, adapters=rank is not None)
     assert counted == pytest.approx(kept[1] - kept[0], rel=0.01)
 
 

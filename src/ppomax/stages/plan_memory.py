@@ -107,20 +107,19 @@ def microbatch(config: PlanConfig, machine: Machine) -> Pass:
     return Pass(rows_here, tokens, rows_here * R, keys, scores, of_prompts + of_responses, alone)
 
 
-def layer_activations(shape: Shape, part: Pass, compute: int, *, rank: int | None = None) -> float:
+def layer_activations(shape: Shape, part: Pass, compute: int, *, adapters: bool = False) -> float:
     """Bytes that one decoder layer keeps of a microbatch for its backward pass.
 
     Two norms: input (float32), normalised (where the gain is trained), output; queries, keys, values, attention's
     output; four or two tensors of the MLP; on a processor also attention's weights (float32, and once more in a lower
-    compute precision). `rank`: adapters are trained instead of weights, and keep their inner states.
+    compute precision). `adapters`: they alone are trained; what is between their two matrices is made again.
     """
     query, kv = shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    norms = 2 * part.tokens * shape.hidden * (FLOAT32 + (2 if rank is None else 1) * compute)
+    norms = 2 * part.tokens * shape.hidden * (FLOAT32 + (1 if adapters else 2) * compute)
     attention = (2 * part.tokens * query + 2 * part.keys * kv) * compute
     weights = shape.heads * part.scores * (FLOAT32 + (compute if compute < FLOAT32 else 0))
     mlp = part.tokens * shape.intermediate * (4 if shape.gated else 2) * compute
-    inner = part.tokens * (rank or 0) * (7 if shape.gated else 6) * compute
-    return norms + attention + weights + mlp + inner
+    return norms + attention + weights + mlp
 
 
 def forward_working(shape: Shape, part: Pass, compute: int) -> float:
@@ -145,7 +144,7 @@ def activations(role: Role, config: PlanConfig, machine: Machine) -> float:
     """Bytes that a trained player keeps of one microbatch, at the start of its backward pass."""
     part, shape, compute = microbatch(config, machine), role.shape, machine.compute
     layers = shape.layers if config.compute.train_layers is None else config.compute.train_layers
-    layer = layer_activations(shape, part, compute, rank=config.compute.lora_rank)
+    layer = layer_activations(shape, part, compute, adapters=config.compute.lora_rank is not None)
     if config.compute.gradient_checkpointing:
         kept = layers * part.tokens * shape.hidden * compute + (layer if layers else 0.0)
     else:
