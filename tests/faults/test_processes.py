@@ -89,10 +89,15 @@ def expect_the_same(words: Words, uninterrupted: Callable[..., Path], run_dir: P
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("options", [(), pytest.param(("--save.background",), marks=pytest.mark.faults)], ids=str)
 def test_a_killed_process_ends_the_others_and_the_run_goes_on(
-    launch: Callable[..., Launched], words: Words, uninterrupted: Callable[..., Path], tmp_path: Path
+    options: tuple[str, ...],
+    launch: Callable[..., Launched],
+    words: Words,
+    uninterrupted: Callable[..., Path],
+    tmp_path: Path,
 ) -> None:
-    running = launch()
+    running = launch(*options)
     running.wait_for(saved(tmp_path, 1))
     other = running.rank(0)
     running.rank(1).kill()

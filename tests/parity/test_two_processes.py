@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import time
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,16 @@ import torch
 import torch.distributed as dist
 from stages.conftest import Toys, Trained
 from stages.toy import CALM, FLOAT32, expect_alike, metrics, ppo_config, reward_config, sft_config
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from parity.processes import WORLD, run, run_in_two
 from ppomax.config import CriticConfig, KLConfig, ModelConfig, ObjectiveConfig, SaveConfig
-from ppomax.engine.checkpoint import checkpoints, save_checkpoint
+from ppomax.engine import world
+from ppomax.engine.background import Background, copied
+from ppomax.engine.checkpoint import checkpoints, load_checkpoint, save_checkpoint
 from ppomax.engine.rundir import Run
+from ppomax.errors import SaveError
 from ppomax.models.embedded import embedded_directory
 from ppomax.models.load import Compute, load_causal_lm
 from ppomax.models.players import Policy
@@ -66,7 +73,8 @@ def runs(folder: Path, trained: Trained, trained_above: Trained, toys: Toys) -> 
         "zero2": ppo("zero2", trained.sft, compute=compute(shard="zero2"), whiten_advantages=True, **clipped, **learn),
         "none": ppo("none", trained.sft, compute=compute(shard="none"), whiten_advantages=True, **clipped, **learn),
         "none trunk": ppo(
-            "none-trunk", trained_above.sft, compute=compute(train_layers=1, shard="none"), save=SaveConfig(every=1),
+            "none-trunk", trained_above.sft, compute=compute(train_layers=1, shard="none"),
+            save=SaveConfig(every=1, background=True),
             **top, **learn,
         ),
         "none reward": reward_config(
@@ -77,7 +85,9 @@ def runs(folder: Path, trained: Trained, trained_above: Trained, toys: Toys) -> 
         "average": ppo("average", trained.sft, iterations=4, **plain, **age),
         "full kl": ppo("full-kl", trained.sft, kl=KLConfig(place="loss", estimator="full"), **plain),
         "one to two": ppo("one-to-two", trained.sft, iterations=4, save=SaveConfig(every=2), **plain, **age),
-        "two to one": ppo("two-to-one", trained.sft, iterations=4, save=SaveConfig(every=2), **plain, **age),
+        "two to one": ppo(
+            "two-to-one", trained.sft, iterations=4, save=SaveConfig(every=1, background=True), **plain, **age
+        ),
         "two to one, none": ppo(
             "two-to-one-none", trained.sft, iterations=4, compute=compute(shard="none"), save=SaveConfig(every=2),
             **plain, **age,
@@ -167,6 +177,43 @@ def reading(rank: int, folder: str, jobs: list[Any]) -> None:
 
 def test_what_fsdp_notes_of_a_pass_without_gradient_is_forgotten(tmp_path: Path) -> None:
     run_in_two(tmp_path, [], reading)
+
+
+def saving(rank: int, folder: str, jobs: list[Any]) -> None:
+    """Saves in the background of divided tensors, which change meanwhile, beside sums of all processes."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD)
+    background, run = Background(minutes=0.5), Path(folder, "run")
+    try:
+        mesh = init_device_mesh("cpu", (WORLD,))
+        tensors = {name: distribute_tensor(torch.arange(9.0), mesh, [Shard(0)]) for name in "ab"} | {"c": torch.ones(2)}
+        for number in range(4):
+            background.start(partial(save_checkpoint, run, f"step-{number}", copied(tensors), {"n": number}, keep=9))
+            for tensor in tensors.values():
+                tensor.add_(1)
+            for _ in range(50):
+                assert world.largest(rank) == WORLD - 1
+        background.settle()
+        world.first(lambda: Path(folder, "file").write_text("where a folder should be"))
+        background.start(partial(save_checkpoint, Path(folder, "file"), "step-4", copied(tensors), {}))
+        looked, end = 0, time.monotonic() + 30
+        with pytest.raises(SaveError, match="step-4"):
+            while time.monotonic() < end:
+                time.sleep(0.05 * rank)
+                background.settle(wait=False)
+                looked += 1
+        assert world.gathered(looked) == [looked] * WORLD, "both learn of it in the same step"
+    except BaseException:
+        Path(folder, f"failed-{rank}.txt").write_text(traceback.format_exc())
+    dist.destroy_process_group()
+
+
+def test_processes_save_together_while_they_train(tmp_path: Path) -> None:
+    run_in_two(tmp_path, [], saving)
+    for number in range(4):
+        tensors, state = load_checkpoint(tmp_path / "run" / f"step-{number}")
+        assert state == {"n": number}
+        assert tensors["a"].tolist() == tensors["b"].tolist() == [number + i for i in range(9)]
+        assert tensors["c"].tolist() == [number + 1] * 2
 
 
 def going_on(rank: int, folder: str, jobs: list[Any]) -> None:

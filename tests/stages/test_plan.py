@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaForCausalLM
 
 from ppomax.cli import main
-from ppomax.config import ModelConfig, PlanConfig, SamplingConfig, SaveConfig
+from ppomax.config import ModelConfig, PlanConfig, SamplingConfig
 from ppomax.models.lora import Lora
 from ppomax.models.players import Policy
 from ppomax.stages.plan import plan
@@ -143,7 +143,6 @@ def test_offload_is_a_knob_of_several_gpus() -> None:
         ({"prompt_tokens": 600}, "prompt_tokens: found a mean of 600, expected at most the longest, 512"),
         ({"response_tokens": 65}, "response_tokens: found a mean of 65"),
         ({"gpus": "1x80g", "shard": "zero3"}, "shard: found zero3 on one device"),
-        ({"gpus": "8x80g", "save": SaveConfig(background=True)}, "save.background: found True with 8x80g"),
         ({"minibatch": 48}, "minibatch: found 48, expected a divisor of rollout_batch 128"),
         ({"compute": ModelConfig(train_layers=33)}, "compute.train_layers: found 33, expected 1 to 32"),
         ({"compute": ModelConfig(train_layers=3), "reward_size": "3b"}, "policy and critic of different sizes"),

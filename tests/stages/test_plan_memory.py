@@ -13,6 +13,7 @@ from transformers import LlamaForSequenceClassification as LlamaScalar
 
 from ppomax.config import KLConfig, ModelConfig, PlanConfig, SamplingConfig, SaveConfig
 from ppomax.data.batches import prompt_batches, token_budget_batches
+from ppomax.engine.checkpoint import FILE_BYTES
 from ppomax.engine.optimiser import Optimiser
 from ppomax.models.lora import Lora
 from ppomax.models.players import Policy, Scalar
@@ -138,7 +139,7 @@ def test_what_is_offloaded_lies_in_the_hosts_memory() -> None:
         assert (found.always, found.gradients, found.host) == (0, 0, 20 * n / 8)
         assert players["reference"].always == 2 * n - 8 * of_reference
         assert found.gathered == player_bytes(policy, PlanConfig(), machine, shard).gathered > 0
-        host = host_memory([policy, frozen], players, config, machine)
+        host = host_memory([policy, frozen], players, config, machine, shard)
         assert host == {"offloaded": 20 * n + 8 * of_reference}
     alone = player_bytes(policy, config, Machine(1, 80 * GIB, 2, packs=False), "none")
     assert (alone.host, alone.masters) == (0, 4 * n)
@@ -156,8 +157,18 @@ def test_the_copy_that_is_written_in_the_background_is_counted_where_it_lies() -
         found = phases(roles, players, config, machine, "none")
         for phase in ("generate", "score", "train"):
             assert found[phase].get("background save", 0) == (copy if machine is CPU else 0)
-        host = host_memory(roles, players, config, machine)
+        host = host_memory(roles, players, config, machine, "none")
         assert host == ({} if machine is CPU else {"background save": copy})
+
+
+@pytest.mark.parametrize(("shard", "offload", "copies"), [("none", False, 8), ("zero2", False, 1), ("zero3", True, 1)])
+def test_of_a_divided_run_each_process_copies_its_part(shard: str, offload: bool, copies: int) -> None:
+    machine, n = Machine(8, 80 * GIB, 2, packs=False), 6_738_415_616
+    config = PlanConfig(save=SaveConfig(background=True), ema=0.9, compute=ModelConfig(offload=offload))
+    policy = Role("policy", shape_sized("7b", 7e9), False, True)
+    players = {"policy": player_bytes(policy, config, machine, shard)}
+    host = host_memory([policy], players, config, machine, shard)
+    assert host["background save"] == copies * 16 * n + 8 * 2 * FILE_BYTES
 
 
 @pytest.mark.parametrize("shard", ["zero2", "zero3"])

@@ -166,7 +166,7 @@ class SaveConfig(Schema):
     background: bool = Field(
         default=False,
         description="Write checkpoints while training goes on, from a copy of their tensors in memory; the last one,"
-        " and that of an interruption, are waited for. One process only.",
+        " and that of an interruption, are waited for.",
     )
 
 

@@ -4,25 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 from torch import Tensor
 
+from ppomax.engine import world
+
 
 class Background:
-    """What is written while the caller goes on."""
+    """What is written while the caller goes on; several processes do it together, each in its thread.
 
-    def __init__(self) -> None:
+    minutes: how long one process's thread waits for another's.
+    """
+
+    def __init__(self, *, minutes: float = 30) -> None:
+        self._minutes = minutes
+        self._group: Any = None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="ppomax-save")
         self._working: Future[object] | None = None
 
     def start(self, work: Callable[[], object]) -> None:
         """Begin; what was begun before is waited for, and its failure raised."""
         self.settle()
-        self._working = self._pool.submit(work)
+        if self._group is None:
+            self._group = world.another_group(minutes=self._minutes)
+        self._working = self._pool.submit(self._do, work)
+
+    def _do(self, work: Callable[[], object]) -> None:
+        with world.speaking_in(self._group):
+            work()
 
     def settle(self, *, wait: bool = True) -> None:
-        """Raise what the work failed with. wait: until it is done; otherwise look only."""
-        if self._working is not None and (wait or self._working.done()):
+        """Raise what the work failed with. wait: until it is done; otherwise look only, and raise in all processes."""
+        if self._working is not None and (wait or not world.largest(not self._working.done())):
             working, self._working = self._working, None
             working.result()
 

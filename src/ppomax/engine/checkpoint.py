@@ -231,7 +231,7 @@ def _write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=file_of, save_distributed=True)
     # One process syncs its files in `_finish`, while it reads them; several may stand on several machines.
     writer.sync_files = world.size() > 1
-    _quietly(lambda: dcp.save(_writable(tensors), storage_writer=writer))
+    _quietly(lambda: dcp.save(_writable(tensors), storage_writer=writer, process_group=world.group()))
 
 
 def _writable(tensors: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -142,10 +142,40 @@ def first(work: Callable[[], T]) -> T:
             outcome[0] = work()
         except Exception as error:
             failure, outcome[1] = error, _sendable(error)
-    dist.broadcast_object_list(outcome)
+    dist.broadcast_object_list(outcome, group=group())
     if outcome[1] is not None:
         raise failure or outcome[1]
     return outcome[0]
+
+
+class _OfThread(threading.local):
+    group: Any = None
+
+
+_of_thread = _OfThread()
+
+
+def group() -> Any:
+    """The process group by which this thread speaks with the other processes' threads; None is the default one."""
+    return _of_thread.group
+
+
+def another_group(*, minutes: float) -> Any:
+    """One more group of all processes, for a thread that works while training goes on; None where there is one process.
+
+    Everything that all processes do together in one group, they do in the same order: two threads need two groups.
+    """
+    return dist.new_group(backend="gloo", timeout=timedelta(minutes=minutes)) if size() > 1 else None
+
+
+@contextmanager
+def speaking_in(other: Any) -> Iterator[None]:
+    """This thread's `first`, and the checkpoints it writes, by the group `other` for the time of a block."""
+    before, _of_thread.group = _of_thread.group, other
+    try:
+        yield
+    finally:
+        _of_thread.group = before
 
 
 def _sendable(error: Exception) -> Exception:

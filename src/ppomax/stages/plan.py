@@ -74,7 +74,7 @@ def plan(config: PlanConfig) -> dict[str, Any]:
         "flags": shown["flags"],
         "players": {name: asdict(player) for name, player in players.items()},
         "phases": phases(roles, players, layout.config, machine, layout.shard),
-        "host": host_memory(roles, players, layout.config, machine),
+        "host": host_memory(roles, players, layout.config, machine, layout.shard),
         "flops": operations,
         "seconds": _seconds(layout, roles, machine, speed),
         "knobs": [] if found else knobs(layout, roles, machine, config.reserve),
@@ -259,7 +259,5 @@ def _expect_countable(config: PlanConfig) -> None:
     ):
         if mean is not None and mean > limit:
             raise SetupError(f"{name}: found a mean of {mean}, expected at most the longest, {limit}")
-    if config.save.background and config.gpus is not None and gpus_of(config.gpus)[0] > 1:
-        raise SetupError(f"save.background: found True with {config.gpus}; expected False, or one GPU")
     if config.shard in ("zero2", "zero3") and (config.gpus is None or gpus_of(config.gpus)[0] == 1):
         raise SetupError(f"shard: found {config.shard} on one device; expected several, such as --gpus 8x80g")

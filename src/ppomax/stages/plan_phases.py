@@ -39,7 +39,7 @@ def phases(
     working = max(forward_working(role.shape, part, machine.compute) for role in roles)
     forward = working + vocabulary_working(policy, config, machine, trains=False)
     # On a GPU the copy that is written while training goes on lies in the host's memory.
-    copy = _checkpoint(roles, players) + _saving(roles, players) if config.save.background and machine.packs else 0.0
+    copy = _checkpoint(roles, config) + _saving(roles, config) if config.save.background and machine.packs else 0.0
     found = {
         "load": _loading(roles, config, machine, shard),
         "generate": {
@@ -63,7 +63,7 @@ def phases(
             "lower layers' states": trunk,
             **_backward(roles, players, config, machine, sharded=sharded),
         },
-        "save": {"always": always, "working": _saving(roles, players)} if machine.packs else {},
+        "save": {"always": always, "working": _saving(roles, config)} if machine.packs else {},
     }
     return {phase: {name: size for name, size in parts.items() if size} for phase, parts in found.items() if parts}
 
@@ -97,25 +97,31 @@ def _loading(roles: Sequence[Role], config: PlanConfig, machine: Machine, shard:
     return {"weights": peak, "file": 2.0 * max(role.parameters for role in roles) if machine.packs else 0.0}
 
 
-def _saving(roles: Sequence[Role], players: dict[str, Bytes]) -> float:
+def _saving(roles: Sequence[Role], config: PlanConfig) -> float:
     """A checkpoint's file twice, tensor by tensor and as it is written; on a GPU this is the host's memory."""
-    return 2 * min(_checkpoint(roles, players), FILE_BYTES)
+    return 2 * min(_checkpoint(roles, config), FILE_BYTES)
 
 
-def _checkpoint(roles: Sequence[Role], players: dict[str, Bytes]) -> float:
-    """Masters, moments and the average."""
-    trained = [role for role in roles if role.trained]
-    return sum(1.5 * players[role.name].moments + players[role.name].average for role in trained)
+def _checkpoint(roles: Sequence[Role], config: PlanConfig) -> float:
+    """Masters, two moments and the average, of all devices together."""
+    copies = {role.name: 4 if config.ema is not None and role.name == "policy" else 3 for role in roles if role.trained}
+    return sum(FLOAT32 * copies[role.name] * held(role, config).trained for role in roles if role.trained)
 
 
 def host_memory(
-    roles: Sequence[Role], players: dict[str, Bytes], config: PlanConfig, machine: Machine
+    roles: Sequence[Role], players: dict[str, Bytes], config: PlanConfig, machine: Machine, shard: str
 ) -> dict[str, float]:  # fmt: skip
-    """What lies in the host's memory for all of its GPUs together: what is offloaded, the copy that is written."""
+    """What lies in the host's memory for all of its GPUs together: what is offloaded, the copies that are written.
+
+    Each process copies what it holds: undivided, that is everything.
+    """
     if machine.packs:
         return {}
-    copy = _checkpoint(roles, players) + _saving(roles, players) if config.save.background else 0.0
-    found = {"offloaded": machine.count * sum(player.host for player in players.values()), "background save": copy}
+    copies = _checkpoint(roles, config) * (machine.count if shard == "none" else 1)
+    found = {
+        "offloaded": machine.count * sum(player.host for player in players.values()),
+        "background save": copies + machine.count * _saving(roles, config) if config.save.background else 0.0,
+    }
     return {name: size for name, size in found.items() if size}
 
 

@@ -366,11 +366,7 @@ def session(verb: str, config: TrainingConfig, *, unit: str, resume: bool, fresh
         world.joined(minutes=minutes, device=config.compute.device),
         opened_run(config.run_dir, verb=verb, config=config, resume=resume, fresh=fresh, ignore=NEUTRAL) as run,
     ):
-        if config.save.background and world.size() > 1:
-            raise SetupError(
-                f"save.background: found True with {world.size()} processes; expected False, or one process"
-            )
-        current = Session(run, config.save, unit, wait_minutes=minutes)
+        current = Session(run, config.save, unit, wait_minutes=minutes, saving=Background(minutes=minutes))
         try:
             with asking_to_stop(
                 current.stop, say=current.say_stopping, grace=config.save.grace, kept=str(run.checkpoints)
