@@ -1,12 +1,13 @@
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Iterator, Sequence
+from itertools import pairwise, product
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ppomax.data.batches import balanced_batches, epoch_order, prompt_batches, token_budget_batches
+from ppomax.data.batches import balanced_batches, epoch_order, least_padded, prompt_batches, token_budget_batches
 
 lengths_lists = st.lists(st.integers(1, 300), max_size=200)
 
@@ -29,6 +30,29 @@ def test_token_budget_holds_and_every_row_comes_once(lengths: list[int], budget:
         assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget
     in_order = [lengths[i] for batch in batches for i in batch]
     assert in_order == sorted(lengths, reverse=True)
+
+
+def all_cuts(count: int) -> Iterator[list[range]]:
+    """Every way to cut `count` rows in a row into pieces."""
+    for places in product([False, True], repeat=max(count - 1, 0)):
+        edges = [0, *(i + 1 for i, cut in enumerate(places) if cut), count]
+        yield [range(a, b) for a, b in pairwise(edges)] if count else []
+
+
+@given(st.lists(st.integers(1, 60), max_size=8), st.integers(1, 150), st.integers(0, 40))
+def test_no_other_cuts_of_sorted_rows_have_less_padding(lengths: list[int], budget: int, overhead: int) -> None:
+    lengths = sorted(lengths, reverse=True)
+
+    def cost(passes: Sequence[range]) -> int:
+        return sum(len(rows) * lengths[rows[0]] + overhead for rows in passes)
+
+    allowed = [
+        cuts for cuts in all_cuts(len(lengths))
+        if all(len(rows) == 1 or len(rows) * lengths[rows[0]] <= budget for rows in cuts)
+    ]  # fmt: skip
+    found = least_padded(lengths, budget=budget, overhead=overhead)
+    assert found in allowed
+    assert cost(found) == min(map(cost, allowed))
 
 
 def test_prompt_batches_by_hand() -> None:

@@ -98,6 +98,22 @@ def test_equal_prompts_are_prefilled_once_and_sampled_as_if_alone(player: Policy
         assert_same([together[i]], sampled(player, [prompt], uniforms_BR[i : i + 1]))
 
 
+@pytest.mark.parametrize("warp", [{}, {"repetition_penalty": 1.3}], ids=str)
+def test_prompts_of_other_lengths_are_read_apart_where_padding_would_cost_more(
+    warp: dict[str, float], player: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = [[5 + i] * 3 for i in range(4)] + [[9 + i] * 60 for i in range(2)]
+    expected, apart = sampled(player, prompts, **warp), [(2, 60), (4, 3)]
+    drawn: list[Sampled] = []
+    assert widths(player, lambda: drawn.extend(sampled(player, prompts, **warp)))[:2] == apart
+    assert_same(drawn, expected)
+    monkeypatch.setattr(sampler, "PREFILL", 60)  # which bounds what a pass holds
+    assert widths(player, lambda: drawn.extend(sampled(player, prompts, **warp)))[:3] == [(1, 60), (1, 60), (4, 3)]
+    assert_same(drawn[len(prompts) :], expected)
+    for i in (0, 5):
+        assert_same([expected[i]], sampled(player, [prompts[i]], streams(len(prompts))[i : i + 1], **warp))
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_trap_08_sampled_logprobs_are_the_scored_ones(player: Policy, temperature: float) -> None:
     prompts = many_prompts()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -22,6 +23,29 @@ def token_budget_batches(lengths: Sequence[int], *, budget: int, max_rows: int) 
         else:
             batches.append([i])
     return batches
+
+
+def least_padded(lengths: Sequence[int], *, budget: int, overhead: int) -> list[range]:
+    """Passes over neighbouring rows, `lengths` descending: the cuts with the fewest slots in all, in which each pass
+    counts `overhead` more. A pass has at most `budget` slots, or one row."""
+    _expect_positive(budget=budget)
+    cost, starts = [0], [0]
+    for end in range(1, len(lengths) + 1):
+        best = None
+        for start in range(end - 1, -1, -1):
+            slots = (end - start) * lengths[start]
+            if best is not None and slots > budget:
+                break
+            if best is None or cost[start] + slots < best[0]:
+                best = cost[start] + slots, start
+        assert best is not None
+        cost.append(best[0] + overhead)
+        starts.append(best[1])
+    cuts = [len(lengths)]
+    while cuts[-1]:
+        cuts.append(starts[cuts[-1]])
+    cuts.reverse()
+    return [range(start, end) for start, end in itertools.pairwise(cuts)]
 
 
 def prompt_batches(

@@ -20,6 +20,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from ppomax.data.batches import least_padded
 from ppomax.models.flops import work_of
 from ppomax.models.players import Policy
 from ppomax.monitor.clock import Clock
@@ -27,6 +28,9 @@ from ppomax.rollout.cache import forget_columns, keep_rows, preallocated_cache, 
 
 # Prefilling a few rows reads all weights as decoding a token does, so places are left empty until an eighth is free.
 REFILL = 8
+# Slots of a pass over prompts at most, which bounds its memory, and how many a pass more is worth to save: it reads all
+# weights once.
+PREFILL, PASS = 4096, 64
 # Columns of the cache beyond the longest sequence, by the length limit: how seldom it is moved to the left.
 SPARE = 4
 # Tokens of the vocabulary whose probabilities are summed before one of them is drawn.
@@ -102,11 +106,10 @@ def sample(
     with policy.decoding():
         while waiting or batch.alive:
             coming = [waiting.popleft() for _ in range(min(len(waiting), rows - len(batch.alive)))]
-            distinct = {tuple(prompts[i]) for i in coming}
-            slots = len(distinct) * max(map(len, distinct), default=0)
-            read = work_of(cost, ((0, len(p)) for p in distinct), slots=slots, places=len(distinct))
-            with clock("generate/prefill", read):
-                batch.take_in(coming)
+            with clock("generate/prefill"):
+                read, slots = batch.take_in(coming)
+            spans = [(0, length) for length in read]
+            clock.count("generate/prefill", work_of(cost, spans, slots=slots, places=len(read)))
             with clock("generate/decode"):
                 while batch.alive and (not waiting or rows - len(batch.alive) < max(1, rows // REFILL)):
                     ended = batch.step()
@@ -143,30 +146,41 @@ class _Batch:
         # All columns' tokens, where something counts them.
         self.history_BS: Tensor | None = None
 
-    def take_in(self, coming: Sequence[int]) -> None:
-        """Prefill more prompts, left-padded, once each; rows of equal prompts are copies of the first."""
-        if not coming:
-            return
+    def take_in(self, coming: Sequence[int]) -> tuple[list[int], int]:
+        """Prefill more prompts, the longest first, equal ones together and read once; their lengths, and the slots."""
+        rows_of: dict[tuple[int, ...], list[int]] = {}
+        for i in coming:
+            rows_of.setdefault(tuple(self.prompts[i]), []).append(i)
+        distinct = list(rows_of)
+        lengths = [len(prompt) for prompt in distinct]
+        if not self.alive:
+            self.column = max(lengths, default=0)
+        passes = least_padded(lengths, budget=PREFILL, overhead=PASS)
+        for members in passes:
+            self._prefill([distinct[at] for at in members], [rows_of[distinct[at]] for at in members])
+        if passes:
+            self.room = self.policy.unembed(self.states_BH).room()
+        return lengths, sum(len(members) * lengths[members[0]] for members in passes)
+
+    def _prefill(self, distinct: Sequence[Sequence[int]], rows: Sequence[Sequence[int]]) -> None:
+        """Read prompts, left-padded; the rows of each are copies."""
         device = self.start_B.device
-        unique: dict[tuple[int, ...], int] = {}
-        source_N = torch.tensor([unique.setdefault(tuple(self.prompts[i]), len(unique)) for i in coming], device=device)
-        lengths = torch.tensor([len(p) for p in unique], device=device)
-        width = int(lengths.max())
-        self.column = self.column if self.alive else width
+        source_N = torch.tensor([at for at, same in enumerate(rows) for _ in same], device=device)
+        lengths = torch.tensor([len(prompt) for prompt in distinct], device=device)
+        width = len(distinct[0])
         # Padding repeats the row's first token, so that nothing depends on a pad id.
-        padded = torch.tensor([[p[0]] * (width - len(p)) + list(p) for p in unique], device=device)
+        padded = torch.tensor([[p[0]] * (width - len(p)) + list(p) for p in distinct], device=device)
         at = torch.arange(width, device=device)[None, :] - (width - lengths)[:, None]
         prefilled = DynamicCache()
         states = self.policy.next_states(padded, (at >= 0).long(), at.clamp(min=0), prefilled)[source_N]
         take_in(self.cache, prefilled, source_N, self.column)
         if self.distribution.repetition_penalty is not None:
             before = padded[:, :1].expand(-1, self.column - width)
-            rows = torch.cat([before, padded], dim=1)[source_N]
-            self.history_BS = torch.cat([self.history_BS, rows]) if self.alive and self.history_BS is not None else rows
+            ids = torch.cat([before, padded], dim=1)[source_N]
+            self.history_BS = torch.cat([self.history_BS, ids]) if self.alive and self.history_BS is not None else ids
         self.start_B = torch.cat([self.start_B, self.column - lengths[source_N]])
         self.states_BH = torch.cat([self.states_BH, states]) if self.alive else states
-        self.room = self.policy.unembed(self.states_BH).room()
-        self.alive += coming
+        self.alive += [i for same in rows for i in same]
 
     def step(self) -> int:
         """Draw a token for every row, and read those of the rows that go on; returns how many ended."""

@@ -12,7 +12,7 @@ from ppomax.config.plan import PlanConfig
 from ppomax.models.attention import LONGEST_FOLDED
 from ppomax.models.logprobs import chunk_rows
 from ppomax.models.shapes import Shape
-from ppomax.rollout.sampler import cache_shape
+from ppomax.rollout.sampler import PREFILL, cache_shape
 
 FLOAT32 = 4
 
@@ -190,11 +190,13 @@ def _cache_shape(config: PlanConfig, machine: Machine) -> tuple[int, int]:
 
 
 def decode_working(role: Role, config: PlanConfig, machine: Machine) -> float:
-    """Bytes of the sampler beside the cache: a layer of the prefill, or the logits of a step's chunk."""
+    """Bytes of the sampler beside the cache: a pass over prompts with its own cache, or the logits of a step's chunk."""
     shape, rows, compute = role.shape, rows_decoded(config, machine), machine.compute
-    prompts, P = math.ceil(rows / config.samples_per_prompt), config.max_prompt_tokens
+    P = config.max_prompt_tokens
+    prompts = min(math.ceil(rows / config.samples_per_prompt), max(PREFILL // P, 1))
     scores = prompts * P * P if machine.packs and P <= LONGEST_FOLDED else 0
     prefill = forward_working(shape, Pass(prompts, prompts * P, 0, 0, scores, 0, True), compute)
+    prefill += prompts * P * shape.kv_elements * compute
     step = _chunk(shape.vocabulary, rows) * (FLOAT32 + (compute if compute < FLOAT32 else 0))
     # With a mask, transformers repeats grouped keys and values for every head, a layer at a time.
     if not machine.packs and shape.heads > shape.kv_heads:
