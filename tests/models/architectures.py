@@ -63,6 +63,7 @@ CONFIGS: dict[str, Any] = {
     "gpt-neox": lambda: GPTNeoXConfig(
         vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=48,
         max_position_embeddings=256, bos_token_id=1, eos_token_id=EOS, hidden_dropout=0.3, attention_dropout=0.3,
+        pad_token_id=None,
     ),
     # An unembedding with a bias.
     "phi": lambda: PhiConfig(**_DECODER),

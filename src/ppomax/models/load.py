@@ -99,9 +99,11 @@ def load_tokenizer(name: str, template: str | None = None, *, otherwise: str | N
         raise SetupError(
             f"{name}: no tokenizer could be loaded ({first_line(error)}). Expected tokenizer.json beside config.json"
         ) from None
-    if len(tokenizer) == 0 or tokenizer.eos_token_id is None:
-        found = "an empty vocabulary" if len(tokenizer) == 0 else "no eos token"
-        raise SetupError(f"{name}: the tokenizer has {found}; expected tokenizer files with an eos token")
+    # Without files, some versions of transformers make one with nothing in it, or with special tokens alone.
+    if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):
+        raise SetupError(f"{name}: no tokenizer could be loaded (no words). Expected tokenizer.json beside config.json")
+    if tokenizer.eos_token_id is None:
+        raise SetupError(f"{name}: the tokenizer has no eos token; expected tokenizer files with an eos token")
     return prepare_tokenizer(tokenizer, template if tokenizer.chat_template else template or otherwise)
 
 
