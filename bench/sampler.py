@@ -3,7 +3,8 @@
     make bench-vllm                          # SmolLM2-135M, bfloat16 where it is fast
     make bench-vllm ARGS="--repeats 1 --compiled"
 
-The two sample in turn, `repeats` times; the best time of each counts, and the spread is shown. vLLM's start is left
+The prompts are those of *fixed* in `make bench`: with prompts that begin alike vLLM would read the beginning once for
+all. The two sample in turn, `repeats` times; the best time of each counts, and the spread is shown. vLLM's start is left
 out and shown beside; the hand-over of the weights, which every iteration pays, is in its times and shown beside too.
 The table is printed and written to bench/sampler.md.
 """
@@ -17,15 +18,13 @@ from pathlib import Path
 import torch
 
 from bench.common import processor, seconds, spread, table, versions
+from bench.materials import fixed_prompts
+from ppomax.data.chat import render_prompt
 from ppomax.engine.randomness import seeds_for, uniforms_for
 from ppomax.models.load import load_causal_lm, load_tokenizer, resolve_compute
 from ppomax.models.players import Policy
 from ppomax.rollout.sampler import Distribution, sample
 from ppomax.rollout.vllm import VLLM
-
-PROMPT_WORDS = 8, 40
-WORDS = ["tell", "me", "about", "rivers", "and", "lamps"] * 8
-
 
 def main() -> None:
     """Run both and write the table."""
@@ -41,9 +40,7 @@ def main() -> None:
     compute = resolve_compute("auto", arguments.dtype)
     tokenizer = load_tokenizer(arguments.model)
     policy = Policy(load_causal_lm(arguments.model, compute), train_layers=None, trained=False)
-    low, high = PROMPT_WORDS
-    texts = [" ".join(WORDS[: low + (high - low) * i // rows]) for i in range(rows)]
-    prompts = [tokenizer(text)["input_ids"] for text in texts]
+    prompts = [render_prompt(tokenizer, prompt) for prompt in fixed_prompts(rows)]
     longest = max(map(len, prompts)) + tokens
     began = time.perf_counter()
     engine = VLLM(arguments.model, policy, compute, longest=longest, max_rows=rows, eager=not arguments.compiled)

@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from parity.processes import run, run_in_two
 from stages.conftest import Toys, Trained
 from stages.toy import CALM, expect_alike, ppo_config, reward_config, sft_config
 
 from gpu.processes import free_port, worker
 from gpu.test_runs import GPU, rewarded
-from ppomax.config import ModelConfig
+from ppomax.config import ModelConfig, SaveConfig
+from ppomax.engine.checkpoint import checkpoints, load_checkpoint
 
 SMALL = GPU.model_copy(update={"tokens_per_microbatch": 160})
 SHARDED: dict[str, dict[str, Any]] = {
@@ -38,7 +40,8 @@ def runs(folder: Path, trained: Trained, toys: Toys) -> dict[str, Any]:
     return {
         "sft": sft_config(folder / "sft", toys.dialogues, epochs=0.25, compute=compute(shard="zero2"), optim=CALM),
         "reward": reward_config(
-            folder / "reward", trained.sft, toys.pairs, epochs=0.5, compute=compute(shard="zero3"), optim=CALM
+            folder / "reward", trained.sft, toys.pairs, epochs=0.5, compute=compute(shard="zero3"), optim=CALM,
+            save=SaveConfig(every=1, keep=9, background=True),
         ),
         **by_ppo,
     }  # fmt: skip
@@ -64,3 +67,12 @@ def both(
 @pytest.mark.parametrize("name", NAMES)
 def test_two_processes_do_what_one_does(both: tuple[dict[str, Any], dict[str, Any]], name: str) -> None:
     expect_alike(both[0][name].run_dir, both[1][name].run_dir, rel=1e-4, abs=1e-4)
+
+
+def test_what_they_saved_while_they_trained_is_what_one_saved(both: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    alone, shared = (checkpoints(side["reward"].run_dir / "checkpoints") for side in both)
+    assert len(shared) > 1 and [path.name for path in shared] == [path.name for path in alone]
+    for path, other in zip(alone[:-1], shared[:-1], strict=True):  # the last one was waited for
+        expected, found = load_checkpoint(path)[0], load_checkpoint(other)[0]
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
