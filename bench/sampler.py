@@ -4,8 +4,8 @@
     make bench-vllm ARGS="--repeats 1 --compiled"
 
 The prompts are those of *fixed* in `make bench`: with prompts that begin alike vLLM would read the beginning once for
-all. The two sample in turn, `repeats` times; the best time of each counts, and the spread is shown. vLLM's start is left
-out and shown beside; the hand-over of the weights, which every iteration pays, is in its times and shown beside too.
+all. The two sample in turn, `repeats` times; the best time of each counts, and the spread is shown. vLLM's start is
+left out and shown beside; the hand-over of the weights, which every iteration pays, is in its times and shown too.
 The table is printed and written to bench/sampler.md.
 """
 
@@ -25,6 +25,7 @@ from ppomax.models.load import load_causal_lm, load_tokenizer, resolve_compute
 from ppomax.models.players import Policy
 from ppomax.rollout.sampler import Distribution, sample
 from ppomax.rollout.vllm import VLLM
+
 
 def main() -> None:
     """Run both and write the table."""

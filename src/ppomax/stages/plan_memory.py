@@ -190,7 +190,7 @@ def _cache_shape(config: PlanConfig, machine: Machine) -> tuple[int, int]:
 
 
 def decode_working(role: Role, config: PlanConfig, machine: Machine) -> float:
-    """Bytes of the sampler beside the cache: a pass over prompts with its own cache, or the logits of a step's chunk."""
+    """Bytes of the sampler beside the cache: a pass over prompts with its cache, or the logits of a step's chunk."""
     shape, rows, compute = role.shape, rows_decoded(config, machine), machine.compute
     P = config.max_prompt_tokens
     prompts = min(math.ceil(rows / config.samples_per_prompt), max(PREFILL // P, 1))
