@@ -43,8 +43,8 @@ MUTATIONS = [
     ),
     Mutation(
         3, "positions count the padding on the left", "rollout/sampler.py",
-        "(at >= 0).long(), at.clamp(min=0), prefilled)",
-        "(at >= 0).long(), (at - at[:, :1]), prefilled)",
+        "mask_BS, at.clamp(min=0), prefilled)",
+        "mask_BS, (at - at[:, :1]), prefilled)",
         (f"{SAMPLER}::test_trap_03_neighbours_and_order_change_nothing",),
     ),
     Mutation(

@@ -171,8 +171,8 @@ class _Batch:
         # Padding repeats the row's first token, so that nothing depends on a pad id.
         padded = torch.tensor([[p[0]] * (width - len(p)) + list(p) for p in distinct], device=device)
         at = torch.arange(width, device=device)[None, :] - (width - lengths)[:, None]
-        prefilled = DynamicCache()
-        states = self.policy.next_states(padded, (at >= 0).long(), at.clamp(min=0), prefilled)[source_N]
+        mask_BS, prefilled = (at >= 0).long(), DynamicCache()
+        states = self.policy.next_states(padded, mask_BS, at.clamp(min=0), prefilled)[source_N]
         take_in(self.cache, prefilled, source_N, self.column)
         if self.distribution.repetition_penalty is not None:
             before = padded[:, :1].expand(-1, self.column - width)
