@@ -12,6 +12,7 @@ The table is printed and written to bench/sampler.md.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 
@@ -72,6 +73,8 @@ def main() -> None:
     )  # fmt: skip
     graphs = "compiled graphs" if arguments.compiled else "no compiled graphs"
     text = f"""# Native sampler and vLLM
+
+command: `python -m bench.sampler {" ".join(sys.argv[1:])}` in the environment of `make bench-vllm`
 
 {arguments.model}, {str(compute.dtype)[6:]}, {compute.device}, {processor()},
 {torch.get_num_threads()} threads, {versions("torch")}, {engine.name} ({graphs}), {rows} × {tokens} tokens,

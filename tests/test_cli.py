@@ -229,6 +229,7 @@ def test_recipes_diff_shows_what_differs_and_nothing_else(capsys: pytest.Capture
         ("ppo --iterations many", "invalid literal for int() with base 10: 'many'"),
         ("ppo --score.truncated cut", "('score', 'bootstrap')"),
         ("ppo --config", "Missing value for argument"),
+        ("ppo --config", "'--config'"),
         ("evaluate --recipe vanilla", "Unrecognized options: --recipe"),
         ("sft --model tiny", "error: --data: found nothing, expected dialogues to learn from"),
         ("sft --model tiny --data nothing.jsonl", "error: nothing.jsonl: no such file"),

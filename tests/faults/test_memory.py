@@ -50,7 +50,7 @@ PPO = (
 )
 CASES = {
     "train": (SFT, "--batch-size 64 --epochs 1", r"a microbatch of 64 × 4\d\d = [\d,]+ tokens", "--compute.tokens-per-microbatch, --compute.train-layers"),
-    "generate": (PPO, "--rollout-batch 64 --minibatch 64", r"side by side \d+ × 4\d\d = [\d,]+ tokens", "--sampling.max-rows, --sampling.max-new-tokens"),
+    "generate": (PPO, "--rollout-batch 64 --minibatch 64", r"side by side (?:8 × 4\d\d = 3|64 × 4\d\d = \d\d),\d\d\d tokens", "--sampling.max-rows, --sampling.max-new-tokens"),
     "score": (PPO, "--rollout-batch 64 --minibatch 64", r"a microbatch of 64 × 4\d\d = [\d,]+ tokens", "--compute.tokens-per-microbatch"),
 }  # fmt: skip
 
