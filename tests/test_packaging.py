@@ -15,6 +15,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import ppomax
+from ppomax.cli.parse import VERBS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -130,6 +131,7 @@ def test_the_api_names_what_it_offers() -> None:
     config = importlib.import_module("ppomax.config")
     assert {n for n in homes if n.endswith("Config")} == {n for n in config.__all__ if n.endswith("Config")}
     assert set(ppomax.__all__) <= set(dir(ppomax))
+    assert {*VERBS} <= {*homes}, "every command is a function of the same name"
 
 
 @pytest.mark.parametrize("name", ppomax.__all__)

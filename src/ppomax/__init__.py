@@ -44,7 +44,6 @@ if TYPE_CHECKING:
         SaveError,
         SetupError,
     )
-    from ppomax.monitor.report import write_report
     from ppomax.stages.chat import chat
     from ppomax.stages.checkpoint import checkpoint
     from ppomax.stages.doctor import doctor
@@ -54,6 +53,7 @@ if TYPE_CHECKING:
     from ppomax.stages.quickstart import quickstart
     from ppomax.stages.rank import rank
     from ppomax.stages.replay import replay
+    from ppomax.stages.report import report
     from ppomax.stages.reward import reward
     from ppomax.stages.sft import sft
 
@@ -97,12 +97,10 @@ __all__ = [
     "rank",
     "recipe",
     "replay",
+    "report",
     "reward",
     "sft",
-    "write_report",
 ]
-
-_ELSEWHERE = {"recipe": "ppomax.config.recipes", "write_report": "ppomax.monitor.report"}
 
 
 def __getattr__(name: str) -> Any:
@@ -118,7 +116,7 @@ def _home(name: str) -> str:
         return "ppomax.config"
     if name[0].isupper():
         return "ppomax.errors"
-    return _ELSEWHERE.get(name, f"ppomax.stages.{name}")
+    return "ppomax.config.recipes" if name == "recipe" else f"ppomax.stages.{name}"
 
 
 def __dir__() -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 
 import pytest
@@ -43,6 +44,23 @@ def test_a_failure_is_raised_once_in_the_thread_that_looks(look: bool) -> None:
             while True:  # the thread may still be on its way out
                 background.settle(wait=False)
     background.settle()
+
+
+def test_who_is_interrupted_while_it_waits_can_wait_again() -> None:
+    background, gate, done = Background(), threading.Event(), []
+    background.start(lambda: (gate.wait(20), done.append(1)))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        timer = threading.Timer(0.2, signal.pthread_kill, (threading.get_ident(), signal.SIGINT))
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            background.settle()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert done == []
+    gate.set()
+    background.settle()
+    assert done == [1]
 
 
 def test_copies_are_not_written_to() -> None:

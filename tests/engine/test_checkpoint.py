@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint import filesystem
 
 from ppomax.engine import checkpoint as module
 from ppomax.engine.checkpoint import (
@@ -99,6 +100,17 @@ def test_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
         step(*pair)
     for name, tensor in flat(model, optimiser).items():
         assert_same_bits(flat(other, other_optimiser)[name], tensor)
+
+
+def test_beside_a_gpu_nothing_waits_for_the_stream_of_another_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ahead(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("copies ahead wait for the current device")
+
+    monkeypatch.setattr(filesystem, "_OverlappingCpuLoader", ahead)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert verify_checkpoint(save(tmp_path, 1)) == []
 
 
 def test_no_tensors_and_many_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

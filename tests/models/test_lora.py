@@ -61,7 +61,7 @@ def test_the_formula_by_hand() -> None:
     policy = Policy(tiny(), train_layers=None, trained=True, lora=LORA)
     trained = moved(policy)
     original = dict(tiny().named_parameters())
-    merged = merged_state(policy.model, policy.model.state_dict())
+    merged = dict(merged_state(policy.model, policy.model.state_dict()))
     assert merged.keys() == tiny().state_dict().keys()
     for name, tensor in merged.items():
         stem = name.removesuffix(".weight")
@@ -171,7 +171,7 @@ def test_a_reward_model_scores_alike_after_save_reload_and_merge(tmp_path: Path)
 
 def test_without_peft_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
-    with pytest.raises(SetupError, match=r"compute.lora_rank needs `peft`: pip install 'ppomax\[lora\]'"):
+    with pytest.raises(SetupError, match=r"compute.lora_rank needs `peft`: pip install 'peft>=0.18'"):
         Policy(tiny(), train_layers=None, trained=True, lora=LORA)
 
 

@@ -19,6 +19,7 @@ HEALTHY = {
     "top_opening_share": 0.04,
     "top_closing_share": 0.04,
     "on_topic_share": 0.8,
+    "distinct_2": 0.75,
     "truncated_share": 0.05,
     "clip_fraction": 0.1,
     "explained_variance": 0.3,
@@ -46,6 +47,7 @@ def history(key: str, value: Any, rows: int = 8) -> list[dict[str, Any]]:
         ("top_opening_share", "top_opening_share", 0.11, 0.095),
         ("top_closing_share", "top_closing_share", 0.11, 0.095),
         ("on_topic_share", "on_topic_share", 0.69, 0.71),
+        ("distinct_2", "distinct_2", 0.59, 0.61),  # 0.8 * 0.75
         ("degenerate_share", "degenerate_share", 0.021, 0.019),
         ("truncated_share", "truncated_share", 0.31, 0.29),
         ("clip_fraction", "clip_fraction", 0.36, 0.34),

@@ -21,7 +21,7 @@ without_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, 
 
 @without_vllm
 def test_without_vllm_the_error_says_what_to_install() -> None:
-    with pytest.raises(SetupError, match=r"No module named 'vllm'.*pip install 'ppomax\[vllm\]'.*docs/vllm.md.*native"):
+    with pytest.raises(SetupError, match=r"No module named 'vllm'.*pip install 'vllm>=0.32'.*docs/vllm.md.*native"):
         vllm_for(FLOAT32)
 
 

@@ -147,6 +147,24 @@ def test_trap_14_kl_to_an_equal_reference_is_exactly_zero(
 
 
 @pytest.mark.parametrize("layers", [None, 1])
+def test_with_the_exact_kl_the_reference_is_read_once(directories: tuple[str, str], layers: int | None) -> None:
+    players = players_of(directories, train_layers=layers)
+    rollout = rollout_of(players)
+    with torch.no_grad():
+        for parameter in players.policy.trained_parameters().values():
+            parameter.mul_(1.1)
+    expected, _, plan = scored(players, rollout)
+    seen: list[int] = []
+    hook = players.reference.base.norm.register_forward_hook(lambda *_: seen.append(1))
+    found, _ = score(players, rollout, plan, ["text"] * ROWS, temperature=1.0, bootstrap=False, full_kl=True)
+    hook.remove()
+    assert len(seen) == sum(len(group.micros) for group in plan)
+    assert torch.equal(found.reference_logprobs_BR, expected.reference_logprobs_BR)
+    assert found.full_kl_BR is not None and expected.full_kl_BR is None
+    assert bool((found.full_kl_BR[rollout.mask_BR] > 0).all())
+
+
+@pytest.mark.parametrize("layers", [None, 1])
 def test_trap_03_another_plan_gives_the_same_numbers(directories: tuple[str, str], layers: int | None) -> None:
     players = players_of(directories, train_layers=layers)
     rollout = rollout_of(players)

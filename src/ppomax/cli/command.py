@@ -31,7 +31,6 @@ from ppomax.cli.show import (
     show_summary,
     show_verbs,
 )
-from ppomax.config import ReportConfig
 from ppomax.errors import DamagedError, DataError, Interrupted, NonFiniteError, ProcessLost, SaveError, SetupError
 from ppomax.stages.stopping import ending_at_sigterm
 
@@ -109,9 +108,6 @@ def _run(words: list[str]) -> None:
 
 def _call(name: str, call: Invocation) -> None:
     """Import the verb's stage, which is slow, and run it."""
-    if isinstance(call.config, ReportConfig):
-        print(import_module("ppomax.monitor.report").write_report(call.config.run_dir))
-        return
     if name not in SHARED and (processes := os.environ.get("WORLD_SIZE", "1")) != "1":
         raise SetupError(f"{name}: found {processes} processes, expected one; {', '.join(SHARED)} run in several")
     first = os.environ.get("RANK", "0") == "0"  # of several processes the first one prints
@@ -123,7 +119,7 @@ def _call(name: str, call: Invocation) -> None:
         result = stage(call.config, **call.options)
     own = {
         "doctor": show_doctor, "checkpoint": show_checkpoints, "replay": show_replay, "plan": show_plan,
-        "chat": lambda _: None,
+        "chat": lambda _: None, "report": print,
     }  # fmt: skip
     if not first:
         return

@@ -48,6 +48,14 @@ def least_padded(lengths: Sequence[int], *, budget: int, overhead: int) -> list[
     return [range(start, end) for start, end in itertools.pairwise(cuts)]
 
 
+def padded_batches(lengths: Sequence[int], *, budget: int, overhead: int) -> list[list[int]]:
+    """Microbatches of row indices for padded passes: at most `budget` slots, or one row, and as little padding as is
+    worth a pass, which costs as much as `overhead` slots. Longest rows first; every index occurs exactly once."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    passes = least_padded([lengths[i] for i in order], budget=budget, overhead=overhead)
+    return [[order[place] for place in part] for part in passes]
+
+
 def prompt_batches(
     prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], *, budget: int
 ) -> list[list[int]]:

@@ -218,7 +218,7 @@ def _optional(module: str, purpose: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         package = module.partition(".")[0]
-        raise SetupError(f"{purpose} needs `{package}`: pip install 'ppomax[hub]'") from error
+        raise SetupError(f"{purpose} needs `{package}`: pip install {package}") from error
 
 
 def _decode(data: bytes, place: str) -> str:

@@ -37,8 +37,11 @@ class Background:
     def settle(self, *, wait: bool = True) -> None:
         """Raise what the work failed with. wait: until it is done; otherwise look only, and raise in all processes."""
         if self._working is not None and (wait or not world.largest(not self._working.done())):
-            working, self._working = self._working, None
-            working.result()
+            try:
+                self._working.result()
+            finally:  # who is interrupted while waiting has not seen the end
+                if self._working.done():
+                    self._working = None
 
 
 def copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -231,6 +231,9 @@ def _write_tensors(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     writer = HuggingFaceStorageWriter(str(folder), fqn_to_index_mapping=file_of, save_distributed=True)
     # One process syncs its files in `_finish`, while it reads them; several may stand on several machines.
     writer.sync_files = world.size() > 1
+    # Copied from a GPU one by one, and waited for. Copies ahead wait for the current device's stream: the wrong one for
+    # a run on another device or in another thread, and in a run on the processor the GPU's start.
+    writer.per_thread_copy_ahead = 0
     _quietly(lambda: dcp.save(_writable(tensors), storage_writer=writer, process_group=world.group()))
 
 

@@ -117,6 +117,10 @@ class Optimiser:
         """Size of `state_tensors` once the moments exist."""
         return sum(3 * 4 * master.numel() + 4 for master in self.masters.values())
 
+    def training_bytes(self) -> int:
+        """What training holds beside the model's weights: masters where those are rounded, moments, gradients."""
+        return sum(4 * m.numel() * (3 + (m is not self.parameters[name])) for name, m in self.masters.items())
+
     def zero_grad(self) -> None:
         """Forget the accumulated gradient."""
         for master in self.masters.values():

@@ -46,7 +46,7 @@ last/            the policy as it was trained last, where final/ is its moving a
 pairs.jsonl      answers that the judge ordered, counted in pairs.json (quickstart)
 sft/ reward/ ... a directory like this one for each stage, whose times are in stage_seconds.json (quickstart)
 report.html      plots and samples in one page; open it in a browser
-summary.json     the result in a few numbers; it is written last, so its presence means that the run is complete
+summary.json     the result in a few numbers; only a run that is complete has it
 run.json         marks this directory as a run of ppomax
 .lock            held by the process that writes here
 
@@ -107,7 +107,7 @@ class Run:
 
     @property
     def summary(self) -> Path:
-        """The result in a few numbers; written last."""
+        """The result in a few numbers, of a run that is complete."""
         return self.path / "summary.json"
 
     @property

@@ -176,7 +176,7 @@ def export(model: nn.Module, tokenizer: Any, folder: Path) -> None:
         return
     if has_adapters(model):
         save_adapter(model, state, folder / ADAPTER)
-        state = merged_state(model, state)
+        state = dict(merged_state(model, state))
     precision = model.config.dtype  # type: ignore[union-attr]
     model.save_pretrained(folder, state_dict=state, safe_serialization=True)  # type: ignore[operator]
     if world.size() > 1:  # transformers writes the precision of the shards

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -105,10 +105,10 @@ def has_adapters(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def merged_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of `state` under their names without adapters, W + (alpha / rank)·B·A in place of W."""
+def merged_state(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of `state` under their names without adapters, W + (alpha / rank)·B·A in place of W; one by one, so
+    that who hands them on holds no second copy of all."""
     layers = {name: module for name, module in model.named_modules() if hasattr(module, "base_layer")}
-    merged = {}
     for name, tensor in state.items():
         if ".lora_" in name:
             continue
@@ -120,8 +120,7 @@ def merged_state(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Ten
             change = layer.scaling[adapter] * (low[0] @ low[1])
             change = change.T if getattr(layer, "fan_in_fan_out", False) else change
             tensor = (tensor.float() + change).to(tensor.dtype)
-        merged[f"{owner}.{kind}" if kind else name] = tensor
-    return merged
+        yield f"{owner}.{kind}" if kind else name, tensor
 
 
 def save_adapter(model: Any, state: Mapping[str, Tensor], folder: Path) -> None:
@@ -147,5 +146,5 @@ def _peft() -> Any:
     try:
         import peft
     except ImportError as error:
-        raise SetupError("compute.lora_rank needs `peft`: pip install 'ppomax[lora]'") from error
+        raise SetupError("compute.lora_rank needs `peft`: pip install 'peft>=0.18'") from error
     return peft

@@ -18,10 +18,10 @@ from torch.nn import functional as F
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-from ppomax.data.batches import prompt_batches, token_budget_batches
+from ppomax.data.batches import padded_batches, prompt_batches
 from ppomax.models.attention import PACKING_TOLERANCE, SLACK, is_causal, near, packed_states, packing_is_exact
 from ppomax.models.few_rows import weight_first
-from ppomax.models.flops import Cost, Costs, batch_work, stack_costs
+from ppomax.models.flops import Cost, Costs, batch_work, pass_tokens, stack_costs
 from ppomax.models.layers import lower_view, split_is_exact, upper_view
 from ppomax.models.load import decoder_stack, scalar_head
 from ppomax.models.logprobs import Unembedded, token_entropy, token_kl, token_logprobs, token_statistics
@@ -35,13 +35,14 @@ class TokenScores:
     """Float32 [B, T]: entry t is about token t given the tokens before it; 0 where not asked for.
 
     logprobs at the sampling temperature; entropy of the same distribution and its exact KL to another policy's;
-    plain_logprobs at temperature 1.
+    plain_logprobs at temperature 1; other_logprobs those of that other policy, at the sampling temperature.
     """
 
     logprobs_BT: Tensor
     entropy_BT: Tensor | None = None
     plain_logprobs_BT: Tensor | None = None
     kl_BT: Tensor | None = None
+    other_logprobs_BT: Tensor | None = None
 
 
 class Player(nn.Module):
@@ -132,7 +133,7 @@ class Player(nn.Module):
         if self.packs:
             return prompt_batches(prompts, responses, budget=budget)
         lengths = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
-        return token_budget_batches(lengths, budget=budget, max_rows=len(lengths))
+        return padded_batches(lengths, budget=budget, overhead=pass_tokens(self.base, self.device))
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """The parameters that the optimiser moves, by name in the Hugging Face model."""
@@ -184,7 +185,8 @@ class Policy(Player):
         """Log-probs of the tokens under `mask_BT` (default: the response tokens), logits divided by `temperature`.
 
         statistics: no gradient, but also the exact entropy over the vocabulary and the log-probs at temperature 1.
-        entropy: the entropy with its gradient. against: the exact KL to another policy, with the gradient in this one.
+        entropy: the entropy with its gradient. against: the exact KL to another policy, with the gradient in this one;
+        with `statistics` that policy's log-probs too.
         """
         places = _Places.of(response_mask(batch) if mask_BT is None else mask_BT, batch)
         states = self._unembedded(batch, places)
@@ -195,7 +197,11 @@ class Policy(Player):
         if against is not None:
             with torch.no_grad():
                 other = against._unembedded(batch, places)
-            scores = replace(scores, kl_BT=places.spread(token_kl(states, other, temperature=temperature)))
+                theirs = _token_scores(other, places, temperature, statistics=False) if statistics else None
+            scores = replace(
+                scores, kl_BT=places.spread(token_kl(states, other, temperature=temperature)),
+                other_logprobs_BT=None if theirs is None else theirs.logprobs_BT,
+            )  # fmt: skip
         return scores
 
     def _heads(self) -> tuple[list[Tensor], list[Tensor]]:

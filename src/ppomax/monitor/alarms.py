@@ -38,6 +38,7 @@ class Limits:
     top_phrase_share: float = 0.10
     top_phrase_rise: float = 0.05  # above the baseline, so that small batches do not alarm by their size alone
     on_topic_fall: float = 0.10
+    distinct_2_fall: float = 0.8
     degenerate_share: float = 0.02  # and two responses at least
     degenerate_stop: float = 0.20
     truncated_rise: float = 0.25  # above the baseline
@@ -156,6 +157,9 @@ def _text_rules(recent: _Measure, baseline: _Measure, limits: Limits, *, respons
         _Rule("top_opening_share", recent("top_opening_share"), openings, "{:.0%} of the responses"),
         _Rule("top_closing_share", recent("top_closing_share"), closings, "{:.0%} of the responses"),
         _Rule("on_topic_share", recent("on_topic_share"), topic, "{:.0%} of the responses", below=True),
+        _Rule(
+            "distinct_2", recent("distinct_2"), limits.distinct_2_fall * baseline("distinct_2"), "{:.2f}", below=True
+        ),
         _Rule("degenerate_share", broken, stop, "{:.1%} of the responses", severity="stop"),
         _Rule("degenerate_share", broken, warn, "{:.1%} of the responses"),
         _Rule("truncated_share", cut, cut_most, "{:.0%} of the responses"),
@@ -204,6 +208,7 @@ _TITLES = {
     "top_opening_share": "One opening phrase takes over",
     "top_closing_share": "One closing phrase takes over",
     "on_topic_share": "Responses leave the topic",
+    "distinct_2": "Responses say the same things",
     "degenerate_share": "Degenerate responses",
     "truncated_share": "Responses cut by the length limit",
     "clip_fraction": "Updates are clipped",
@@ -238,6 +243,8 @@ _ADVICE = {
     "the ptx loss, or pairs in which the phrase loses.",
     "on_topic_share": "Fewer answers share a content word with their prompt: the policy says what scores well "
     "whatever the question. Try a larger KL coefficient or pairs in which off-topic answers lose.",
+    "distinct_2": "More pairs of neighbouring words are said again in other answers: all of them drift towards a few "
+    "phrases. Read samples; try a larger KL coefficient, fewer iterations or more prompts.",
     "degenerate_share": "Empty, looping or unprintable text. Go back to an earlier checkpoint; try a lower learning "
     "rate and a larger KL coefficient.",
     "truncated_share": "The policy forgets to stop, or the limit is too low for it. Raise sampling.max_new_tokens, or "

@@ -162,8 +162,7 @@ class VLLM:
         if self.sleeps:
             self.llm.wake_up(tags=["weights"])
         with policy.decoding(), torch.no_grad():
-            weights = iter(_weights(policy).items())
-            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": _weights(policy)})
         if self.sleeps:
             self.llm.wake_up(tags=["kv_cache"])
         if not self.llm.reset_prefix_cache():
@@ -188,10 +187,10 @@ class VLLM:
         VLLM.running = False
 
 
-def _weights(policy: Policy) -> dict[str, Tensor]:
+def _weights(policy: Policy) -> Iterator[tuple[str, Tensor]]:
     """The policy's parameters under the names of its Hugging Face files, adapters merged."""
     named = {name: p.detach() for name, p in policy.model.named_parameters(remove_duplicate=False)}
-    return merged_state(policy.model, named) if has_adapters(policy.model) else named
+    return merged_state(policy.model, named) if has_adapters(policy.model) else iter(named.items())
 
 
 def _sampled(completion: Any, eos: set[int]) -> Sampled:
@@ -219,7 +218,7 @@ def vllm_for(compute: Compute) -> Any:
     except ImportError as error:
         raise SetupError(
             f"sampling.engine: found vllm, which cannot be imported here ({_last_line(error)}). With an NVIDIA GPU: "
-            "pip install 'ppomax[vllm]'; on a processor: docs/vllm.md; or use --sampling.engine native"
+            "pip install 'vllm>=0.32'; on a processor: docs/vllm.md; or use --sampling.engine native"
         ) from None
     if built_for != device.type:
         raise SetupError(

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,9 +17,9 @@ from ppomax.engine.rundir import Run
 from ppomax.models.load import load_causal_lm, load_tokenizer, reads_alike, same_vocabulary
 from ppomax.models.players import Policy, at_responses, expect_equal_rows
 from ppomax.monitor.log import without_nan
-from ppomax.monitor.progress import progress
+from ppomax.monitor.progress import Advance, progress
 from ppomax.monitor.report import write_report
-from ppomax.monitor.statistics import correlation, win_rate
+from ppomax.monitor.statistics import correlation
 from ppomax.monitor.text import text_health, top_closing_share, top_opening_share
 from ppomax.rewards.callables import (
     TRIED,
@@ -35,6 +34,7 @@ from ppomax.rewards.model import RewardModel
 from ppomax.rl.kl import k1
 from ppomax.rl.masked import masked_sum
 from ppomax.rollout.collect import collect, response_texts
+from ppomax.stages.comparison import best_of, compare, mean, pair_accuracy
 from ppomax.stages.inputs import (
     compute_of,
     context_limit,
@@ -137,7 +137,10 @@ def _evaluate(run: Run, config: EvaluateConfig) -> dict[str, Any]:
     with progress("evaluate", total, unit="responses") as advance:
         pool = _answer(baseline, tokenizer, prompts, ids, most, config, advance)
         after = _answer(policy, tokenizer, prompts, ids, config.samples_per_prompt, config, advance)
-    return _report(run, config, Systems(policy, baseline, model, judges), after, pool)
+    # Both systems' answers are read for their likelihood, and what there is by the reward model.
+    read_again = 2 * len(after.texts) + (len(after.texts) + len(pool.texts)) * (model is not None)
+    with progress("evaluate, reading", read_again, unit="responses") as advance:
+        return _report(run, config, Systems(policy, baseline, model, judges, advance), after, pool)
 
 
 def _first_of_each(prompts: Sequence[Prompt], most: int | None) -> list[int]:
@@ -159,17 +162,21 @@ class Systems:
     baseline: Policy
     reward: RewardModel | None
     judges: dict[str, RewardFunction]
+    advance: Advance
 
     def rewards(self, answers: Answers) -> list[float] | None:
         """The reward model's scores."""
         if self.reward is None:
             return None
-        if self.reward.reads_ids:
-            return self.reward.score_rows(answers.rollout.pairs())
         rollout = answers.rollout
-        return self.reward.score_text(
-            [p.messages for p in rollout.prompts], answers.texts, truncated=rollout.truncated_B.tolist()
-        )
+        if self.reward.reads_ids:
+            scores = self.reward.score_rows(rollout.pairs())
+        else:
+            scores = self.reward.score_text(
+                [p.messages for p in rollout.prompts], answers.texts, truncated=rollout.truncated_B.tolist()
+            )
+        self.advance(len(answers.texts))
+        return scores
 
     def judged(self, answers: Answers) -> dict[str, list[float]]:
         """Every judge's scores."""
@@ -179,7 +186,7 @@ class Systems:
 
 def _answer(
     policy: Policy, tokenizer: Any, prompts: Sequence[Prompt], ids: Sequence[tuple[int, ...]], samples: int,
-    config: EvaluateConfig, advance: Any,
+    config: EvaluateConfig, advance: Advance,
 ) -> Answers:  # fmt: skip
     rollout = collect(
         policy, prompts, ids, range(len(prompts)), samples=samples, iteration=RANDOM_PURPOSE, seed=config.seed,
@@ -189,7 +196,9 @@ def _answer(
 
 
 @torch.no_grad()
-def _read(policy: Policy, reference: Policy | None, rollout: Rollout, config: EvaluateConfig) -> tuple[float, float]:
+def _read(
+    policy: Policy, reference: Policy | None, rollout: Rollout, config: EvaluateConfig, advance: Advance
+) -> tuple[float, float]:
     """Mean NLL per response token at temperature 1, and KL to `reference` per sequence at the sampling temperature.
 
     The KL is k1 at the sampled tokens; where these come from a warped distribution (top-p and the like), of which that
@@ -209,6 +218,7 @@ def _read(policy: Policy, reference: Policy | None, rollout: Rollout, config: Ev
         elif reference is not None:
             other = reference(batch, temperature=temperature).logprobs_BT
             kl += float(masked_sum(k1(at_responses(scores.logprobs_BT, batch), at_responses(other, batch)), mask))
+        advance(len(rows))
     return nll / int(rollout.length_B.sum()), kl / len(rollout)
 
 
@@ -225,8 +235,8 @@ def _report(run: Run, config: EvaluateConfig, systems: Systems, after: Answers, 
     write_samples(run.samples, _sample_rows(before, after, (None, None), (None, None)))
     groups = [prompt.key for prompt in after.rollout.prompts]
     sources = [prompt.source for prompt in after.rollout.prompts]
-    nll_before, _ = _read(systems.baseline, None, before.rollout, config)
-    nll_after, kl = _read(systems.policy, systems.baseline, after.rollout, config)
+    nll_before, _ = _read(systems.baseline, None, before.rollout, config, systems.advance)
+    nll_after, kl = _read(systems.policy, systems.baseline, after.rollout, config, systems.advance)
     summary: dict[str, Any] = {
         "prompts": len(set(groups)),
         "samples_per_prompt": config.samples_per_prompt,
@@ -240,7 +250,7 @@ def _report(run: Run, config: EvaluateConfig, systems: Systems, after: Answers, 
     }
     judged = systems.judged(before), systems.judged(after)
     compared = {
-        name: _compare(judged[1][name], judged[0][name], config.judge_tie, groups, sources) for name in systems.judges
+        name: compare(judged[1][name], judged[0][name], config.judge_tie, groups, sources) for name in systems.judges
     }
     if compared:
         summary["gold"] = next(iter(compared.values()))
@@ -252,8 +262,8 @@ def _report(run: Run, config: EvaluateConfig, systems: Systems, after: Answers, 
         known = dict(zip(asked, rewards[0], strict=True))
         same = [known.get(pair, x) for pair, x in zip(after.rollout.pairs(), rewards[1], strict=True)]
         rewards = [known[pair] for pair in asked], same
-        summary["reward"] = _compare(rewards[1], rewards[0], 0.0, groups, sources)
-        summary |= {"reward_before": _mean(rewards[0]), "reward_after": _mean(rewards[1])}
+        summary["reward"] = compare(rewards[1], rewards[0], 0.0, groups, sources)
+        summary |= {"reward_before": mean(rewards[0]), "reward_after": mean(rewards[1])}
     if rewards[0] is not None and systems.judges:
         summary |= _against_pool(systems, pool, compared_rows, rewards[0], judged[0], groups, config)
     summary = without_nan(summary)
@@ -292,29 +302,16 @@ def _against_pool(
     return {
         "reward_model": {
             name: {
-                "accuracy": _pair_accuracy(rewards, scores, list(by_prompt.values()), config.judge_tie),
+                "accuracy": pair_accuracy(rewards, scores, list(by_prompt.values()), config.judge_tie),
                 "correlation": correlation(rewards, scores),
             }
             for name, scores in judged.items()
         },
         "best_of": {
-            str(n): _best_of(rewards, first, by_prompt, before, groups, compared, n, config) for n in config.best_of
+            str(n): best_of(rewards, first, by_prompt, before, groups, compared, n, config.judge_tie)
+            for n in config.best_of
         },
     }
-
-
-def _pair_accuracy(
-    rewards: Sequence[float], judged: Sequence[float], groups: Sequence[Sequence[int]], tie: float
-) -> float:
-    """Share of same-prompt pairs, whose judge scores differ by more than `tie`, that the rewards order alike."""
-    agreed = total = 0.0
-    for rows in groups:
-        for a, b in itertools.combinations(rows, 2):
-            if abs(judged[a] - judged[b]) > tie:
-                agreement = (rewards[a] - rewards[b]) * (judged[a] - judged[b])
-                agreed += 1.0 if agreement > 0 else 0.5 if agreement == 0 else 0.0
-                total += 1
-    return agreed / total if total else math.nan
 
 
 def _texts(answers: Answers, when: str) -> dict[str, float]:
@@ -328,42 +325,6 @@ def _texts(answers: Answers, when: str) -> dict[str, float]:
         f"closing_{when}": top_closing_share(answers.texts)[1],
         f"degenerate_{when}": health["degenerate_share"],
     }
-
-
-def _compare(
-    after: Sequence[float], before: Sequence[float], tie: float, groups: Sequence[str], sources: Sequence[str]
-) -> dict[str, Any]:
-    """Win, tie, lose of `after` against `before`, overall and per source where there are several."""
-
-    def rates(rows: Sequence[int]) -> dict[str, Any]:
-        result = win_rate(
-            [after[i] for i in rows], [before[i] for i in rows], tie=tie, groups=[groups[i] for i in rows]
-        )
-        means = {"mean_before": _mean([before[i] for i in rows]), "mean_after": _mean([after[i] for i in rows])}
-        return {**asdict(result), "ci95": list(result.ci95), **means, "comparisons": len(rows)}
-
-    everything = rates(range(len(after)))
-    names = sorted(set(sources))
-    if len(names) > 1:
-        everything["by_source"] = {n: rates([i for i, s in enumerate(sources) if s == n]) for n in names}
-    return everything
-
-
-def _best_of(
-    rewards: Sequence[float], judged: Sequence[float], by_prompt: Mapping[str, list[int]], before: Sequence[float],
-    groups: Sequence[str], compared: Sequence[int], n: int, config: EvaluateConfig,
-) -> dict[str, Any]:  # fmt: skip
-    """The baseline's best of n by the reward model, judged against the `compared` of its own samples.
-
-    The candidates are the first n of the other samples: neither that which they are compared with is among them, nor
-    does it matter how large the pool is for the sake of another n.
-    """
-    best = []
-    for key, own in zip(groups, compared, strict=True):
-        candidates = [i for i in by_prompt[key] if i != own][:n]
-        best.append(judged[max(candidates, key=lambda i: rewards[i])])
-    result = win_rate(best, before, tie=config.judge_tie, groups=groups)
-    return {**asdict(result), "ci95": list(result.ci95), "mean": _mean(best)}
 
 
 def _sample_rows(
@@ -392,7 +353,3 @@ def _write_table(run: Run, rows: Sequence[Mapping[str, Any]]) -> None:
 def _plain(text: str) -> str:
     """One line of Markdown that shows the text and makes neither cells, tags, links nor pictures of it."""
     return re.sub(r"[\\|<\[]", r"\\\g<0>", " ".join(text.split()))
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

@@ -143,6 +143,16 @@ def trained_of(player: Player) -> str:
     return f"{trained:,} of {sum(parameter.numel() for parameter in player.model.parameters()):,} parameters"
 
 
+def memory_of(players: Iterable[Player], training: int, kept: int = 0) -> str:
+    """What a run holds from its first step on, for the plan. training: bytes beside the weights; kept: those of states
+    of frozen layers."""
+    parameters = {id(p): p for player in players for p in player.parameters()}.values()
+    weights = sum(p.numel() * p.element_size() for p in parameters)
+    parts = {"weights": weights, "masters, moments, gradients": training, "states of frozen layers": kept}
+    held = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items() if size)
+    return f"{(weights + training + kept) / 2**30:.2f} GiB ({held}), and activations"
+
+
 def dialogue_tokens(
     tokenizer: Any, dialogues: Sequence[Dialogue], max_length: int, *, what: str = "dialogues"
 ) -> tuple[list[Tokens], str]:

@@ -37,6 +37,7 @@ from ppomax.stages.inputs import (
     dialogue_tokens,
     fingerprint,
     fitted_prompts,
+    memory_of,
     of_dialogues,
     required,
     sampling_of,
@@ -306,6 +307,12 @@ def _state_bytes(optimisers: Optimisers) -> int:
     return sum(sizes)
 
 
+def _training_bytes(optimisers: Optimisers) -> int:
+    average = () if optimisers.average is None else optimisers.average.means.values()
+    both = [optimisers.policy, *([] if optimisers.critic is None else [optimisers.critic])]
+    return sum(optimiser.training_bytes() for optimiser in both) + sum(4 * mean.numel() for mean in average)
+
+
 def _read_ptx(tokenizer: Any, config: PPOConfig) -> tuple[list[Tokens], str]:
     if not config.ptx_data:
         return [], "off"
@@ -320,8 +327,8 @@ def _print_plan(run: Session, job: Job, report: str, ptx_report: str) -> None:
     steps = config.rollout_batch // config.minibatch * config.epochs
     _, policy_steps = schedule_position(config, job.steering, 0)
     passes = config.iterations * job.prompts_per_iteration / len(job.prompts)
-    weights = sum(t.numel() * t.element_size() for t in _distinct_parameters(players))
-    states = _state_bytes(job.optimisers)
+    scorers = [t.reward.scalar for t in players.terms if isinstance(t.reward, RewardModel)]
+    models = [players.policy, players.reference, *scorers, *([] if players.critic is None else [players.critic])]
     vocabulary = players.policy.model.config.vocab_size  # type: ignore[union-attr]
     longest = max(map(len, job.prompt_ids)) + config.sampling.max_new_tokens
     run.plan(
@@ -342,8 +349,8 @@ def _print_plan(run: Session, job: Job, report: str, ptx_report: str) -> None:
             "ptx": ptx_report,
             "trained": trained_of(players.policy),
             "compute": f"{players.compute.device}, {str(players.compute.dtype)[6:]}, vocabulary {vocabulary:,}, "
-            f"sequences up to {longest} tokens",
-            "memory": f"weights {_gib(weights)}, masters and moments {_gib(states)}, checkpoint {_gib(states)}",
+            f"sequences up to {longest} tokens; checkpoints of {_state_bytes(job.optimisers) / 2**30:.2f} GiB",
+            "memory": f"{memory_of(models, _training_bytes(job.optimisers))}, which `ppomax plan` counts too",
         },
     )
 
@@ -367,13 +374,3 @@ def _scores(config: PPOConfig) -> str:
     how = "by source, " if score.by_source else ""
     found = f"normalised {how}by the history" if score.normalise else "as they come"
     return found if score.clip is None else f"{found}, cut to ±{score.clip:g}"
-
-
-def _distinct_parameters(players: Players) -> list[Tensor]:
-    models = [players.policy, players.reference, *([] if players.critic is None else [players.critic])]
-    models += [t.reward.scalar for t in players.terms if isinstance(t.reward, RewardModel)]
-    return list({id(p): p for m in models for p in m.parameters()}.values())
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB"

@@ -10,6 +10,7 @@ from ppomax.engine.durable import write_json_atomic
 from ppomax.models.load import load_scalar_lm, load_tokenizer
 from ppomax.models.players import Scalar
 from ppomax.monitor.log import without_nan
+from ppomax.monitor.progress import progress
 from ppomax.monitor.report import write_report
 from ppomax.stages.inputs import compute_of, context_limit, ranked_tokens, required
 from ppomax.stages.reward_report import heldout_summary, sample_rows, write_samples
@@ -37,8 +38,11 @@ def rank(config: RankConfig, *, fresh: bool = False) -> dict[str, Any]:
         model = Scalar(load_scalar_lm(config.reward, compute), train_layers=None, trained=False)
         context_limit(model.model, longest, "longest prompt + response")
         budget = config.compute.tokens_per_microbatch
-        scores = score_rows(model, rows, None, budget)
-        other = None if config.compare is None else (config.compare, scores_by(config.compare, rows, compute, budget))
+        other = None
+        with progress("rank", len(rows) * (1 if config.compare is None else 2), unit="prompts") as advance:
+            scores = score_rows(model, rows, None, budget, advance)
+            if config.compare is not None:
+                other = (config.compare, scores_by(config.compare, rows, compute, budget, advance))
         summary = without_nan({"prompts": len(rows), **heldout_summary(rows, scores, other)})
         write_samples(run.samples, sample_rows(model, rows, scores, tokenizer, step=0))
         write_json_atomic(run.summary, summary)

@@ -25,12 +25,20 @@ from ppomax.models.load import (
 )
 from ppomax.models.players import Policy, Scalar
 from ppomax.models.shard import shard
-from ppomax.models.trunk import trunk_states
+from ppomax.models.trunk import kept_bytes, trunk_states
 from ppomax.monitor.clock import step_row
 from ppomax.monitor.log import without_nan
 from ppomax.rl.objectives import nll_loss
 from ppomax.rl.preference import ranking_accuracy, ranking_loss
-from ppomax.stages.inputs import RankedTokens, compute_of, context_limit, fingerprint, trained_of, training_of
+from ppomax.stages.inputs import (
+    RankedTokens,
+    compute_of,
+    context_limit,
+    fingerprint,
+    memory_of,
+    trained_of,
+    training_of,
+)
 from ppomax.stages.nonfinite import NONFINITE_IN_A_ROW, failed_step, failures_after
 from ppomax.stages.reward_data import reward_rows
 from ppomax.stages.reward_report import heldout_summary, judged_pairs, sample_rows, write_samples
@@ -72,6 +80,8 @@ def _train(run: Session, config: RewardConfig) -> dict[str, Any]:
     optimiser = Optimiser(model.trained_parameters(), **adamw(config.optim))
     size = optimiser.bytes()
     pairs = [sum(len(rows[i].pairs) for i in batch) for batch in first]
+    again = steps > len(first)  # states that are read once are not worth keeping
+    kept = kept_bytes(model, *_sequences(rows if again else ())) + kept_bytes(model, *_sequences(heldout))
     run.plan(
         f"reward: {config.model} → {run.run.final}",
         {
@@ -79,13 +89,14 @@ def _train(run: Session, config: RewardConfig) -> dict[str, Any]:
             "pairs": f"{sum(pairs)} of {len(rows)} prompts to learn, {_count(heldout)} held out"
             + (f", {_count(data.test)} for the test" if data.test else "")
             + f"; {min(pairs)}–{max(pairs)} pairs a step by tokens",
-            "steps": f"{steps} ({steps / len(first):.2f} epochs of {len(first)})",
+            "steps": f"{steps} ({steps / len(first):.2f} epochs of {len(first)} and {sum(map(len, rows)):,} tokens)",
             "loss": f"{config.ranking_weight:g} × ranking + {config.lm_weight or 0:g} × LM on the preferred response"
             + (f", margin {config.margin:g} × score gap" if config.margin else "")
             + (f", label smoothing {config.label_smoothing:g}" if config.label_smoothing else ""),
             "schedule": schedule(config.optim, steps),
             "trained": trained_of(model),
             "compute": f"{compute.device}, {str(compute.dtype)[6:]}; checkpoints of {size / 2**30:.2f} GiB",
+            "memory": memory_of([model], optimiser.training_bytes(), kept),
         },
     )
     run.rehearse(size)
@@ -96,9 +107,8 @@ def _train(run: Session, config: RewardConfig) -> dict[str, Any]:
     if restored is not None:
         optimiser.load_state_tensors(restored[0], adopt=world.size() > 1)
         start, failures = int(restored[1]["step"]) + 1, restored[1].get("failures", 0)
-    # States that are read once are not worth keeping.
-    states = _states(model, rows, config.compute.tokens_per_microbatch) if steps > len(first) else None
-    held_states = _states(model, heldout, config.compute.tokens_per_microbatch) if heldout else None
+    states = _states(run, model, rows, config) if again else None
+    held_states = _states(run, model, heldout, config) if heldout else None
     batches = _batches(rows, config, steps)
     with run.progress(steps, done=start) as advance:
         for step in range(start, steps):
@@ -125,10 +135,12 @@ def _train(run: Session, config: RewardConfig) -> dict[str, Any]:
     summary: dict[str, Any] = {"prompts": len(rows), "pairs": sum(len(row.pairs) for row in rows), "steps": steps}
     if data.judged:
         budget = config.compute.tokens_per_microbatch
-        scores = score_rows(model, data.judged, None if data.test else held_states, budget)
         theirs = None
-        if config.compare is not None:
-            theirs = (config.compare, scores_by(config.compare, data.judged, compute, budget))
+        total = len(data.judged) * (1 if config.compare is None else 2)
+        with run.progress(total, unit="prompts", what="test" if data.test else "held-out pairs") as advance:
+            scores = score_rows(model, data.judged, None if data.test else held_states, budget, advance)
+            if config.compare is not None:
+                theirs = (config.compare, scores_by(config.compare, data.judged, compute, budget, advance))
         summary |= {"judged_on": "test" if data.test else "heldout"}
         summary |= without_nan(heldout_summary(data.judged, scores, theirs))
         rows_written = sample_rows(model, data.judged, scores, tokenizer, step=steps - 1)
@@ -218,10 +230,16 @@ def _step(
     return row, of_all(sum(work, Work()))
 
 
-def _states(model: Scalar, rows: Sequence[RankedTokens], budget: int) -> list[list[Tensor]] | None:
+def _sequences(rows: Sequence[RankedTokens]) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+    """Prompt and response of every sequence that is read."""
+    return [row.prompt for row in rows for _ in row.responses], [r for row in rows for r in row.responses]
+
+
+def _states(
+    run: Session, model: Scalar, rows: Sequence[RankedTokens], config: RewardConfig
+) -> list[list[Tensor]] | None:
     """States of the frozen layers for every response of every row, where there are frozen layers."""
-    prompts = [row.prompt for row in rows for _ in row.responses]
-    flat = trunk_states(model, prompts, [response for row in rows for response in row.responses], budget=budget)
+    flat = trunk_states(model, *_sequences(rows), budget=config.compute.tokens_per_microbatch, watch=run.reading)
     if flat is None:
         return None
     states = iter(flat)

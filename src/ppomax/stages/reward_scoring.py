@@ -53,9 +53,11 @@ def score_pairs(
 
 @torch.no_grad()
 def score_rows(
-    model: Scalar, rows: Sequence[RankedTokens], states: Sequence[list[Tensor]] | None, budget: int
-) -> list[list[tuple[float, float]]]:
-    """(score of chosen, of rejected) of every pair, per prompt in the given order."""
+    model: Scalar, rows: Sequence[RankedTokens], states: Sequence[list[Tensor]] | None, budget: int,
+    advance: Callable[[int], None] | None = None,
+) -> list[list[tuple[float, float]]]:  # fmt: skip
+    """(score of chosen, of rejected) of every pair, per prompt in the given order. advance: told how many prompts more
+    this process has read."""
     starts = [0, *accumulate(len(row.pairs) for row in rows)]
     chosen_M, rejected_M = torch.zeros(starts[-1]), torch.zeros(starts[-1])
     for members, weight in passes(model, rows, budget):
@@ -63,16 +65,20 @@ def score_rows(
         if weight:
             places = torch.tensor([m for i in members for m in range(starts[i], starts[i + 1])])
             chosen_M[places], rejected_M[places] = chosen_B.cpu(), rejected_B.cpu()
+        if advance is not None:
+            advance(len(members))
     world.fill(chosen_M, rejected_M)
     flat = zip(chosen_M.tolist(), rejected_M.tolist(), strict=True)
     return [[next(flat) for _ in row.pairs] for row in rows]
 
 
 def scores_by(
-    name: str, rows: Sequence[RankedTokens], compute: Compute, budget: int
-) -> list[list[tuple[float, float]]]:
+    name: str, rows: Sequence[RankedTokens], compute: Compute, budget: int,
+    advance: Callable[[int], None] | None = None,
+) -> list[list[tuple[float, float]]]:  # fmt: skip
     """The scores of every pair by another trained reward model."""
-    return score_rows(Scalar(load_scalar_lm(name, compute), train_layers=None, trained=False), rows, None, budget)
+    model = Scalar(load_scalar_lm(name, compute), train_layers=None, trained=False)
+    return score_rows(model, rows, None, budget, advance)
 
 
 def groups_of(model: Scalar, rows: Sequence[RankedTokens], budget: int) -> list[list[int]]:

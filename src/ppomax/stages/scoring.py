@@ -118,13 +118,15 @@ def _batch(rollout: Rollout, responses: list[list[int]], rows: Sequence[int], pl
 
 @dataclass(frozen=True)
 class Readings:
-    """What the players that learn say about a rollout. Float32 [B, R], after_B [B]; full_kl_BR where asked for."""
+    """What the players that learn say about a rollout. Float32 [B, R], after_B [B]; the exact KL to the reference, and
+    the reference's log-probs, where that was asked for."""
 
     logprobs_BR: Tensor
     statistics: TokenStatistics
     values_BR: Tensor
     after_B: Tensor
     full_kl_BR: Tensor | None
+    reference_BR: Tensor | None
 
     def bootstrap_B(self, rollout: Rollout, wanted: bool) -> Tensor:
         """V of the state that the length limit cut, 0 for other rows and where nothing is bootstrapped."""
@@ -135,18 +137,20 @@ class Readings:
 def read(players: Players, rollout: Rollout, plan: list[Minibatch], *, temperature: float, full_kl: bool) -> Readings:
     """Policy and critic, as they are now, on a rollout. Each process reads its rows, and all know the whole."""
     (B, R), clock = rollout.response_ids_BR.shape, players.clock
-    logprobs, entropy, plain, values, exact_kl = (torch.zeros(B, R) for _ in range(5))
+    logprobs, entropy, plain, values, exact_kl, theirs = (torch.zeros(B, R) for _ in range(6))
     after_B = torch.zeros(B)
     for micro in (m for group in plan for m in group.micros):
         index, width = torch.tensor(micro.rows), micro.batch.response_width
         against = players.reference if full_kl else None
-        with clock("score/policy", micro.work(players.policy)):
+        work = micro.work(players.policy)
+        with clock("score/policy", work if against is None else work + micro.work(against)):
             scores = players.policy(micro.batch, temperature=temperature, statistics=True, against=against)
         for target, source in (
             (logprobs, scores.logprobs_BT),
             (entropy, scores.entropy_BT),
             (plain, scores.plain_logprobs_BT),
             (exact_kl, scores.kl_BT),
+            (theirs, scores.other_logprobs_BT),
         ):
             if source is not None and micro.counts:
                 target[index, :width] = at_responses(source, micro.batch).cpu()
@@ -156,8 +160,9 @@ def read(players: Players, rollout: Rollout, plan: list[Minibatch], *, temperatu
             if micro.counts:
                 values[index, :width] = at_responses(values_BT, micro.batch, before=True).cpu()
                 after_B[index] = at_end(values_BT, micro.batch).cpu()
-    world.fill(logprobs, entropy, plain, values, exact_kl, after_B)
-    return Readings(logprobs, TokenStatistics(entropy, plain), values, after_B, exact_kl if full_kl else None)
+    world.fill(logprobs, entropy, plain, values, exact_kl, theirs, after_B)
+    exact = (exact_kl, theirs) if full_kl else (None, None)
+    return Readings(logprobs, TokenStatistics(entropy, plain), values, after_B, *exact)
 
 
 @torch.no_grad()
@@ -171,20 +176,21 @@ def score(
     readers = [t for t in players.terms if isinstance(t.reward, RewardModel) and t.reward.reads_ids]
     read_B = {term.name: torch.zeros(len(rollout)) for term in readers}
     now = read(players, rollout, plan, temperature=temperature, full_kl=full_kl)
-    reference_BR = torch.zeros_like(now.logprobs_BR)
+    reference_BR = torch.zeros_like(now.logprobs_BR) if now.reference_BR is None else now.reference_BR
     for micro in (m for group in plan for m in group.micros):
         index, width = torch.tensor(micro.rows), micro.batch.response_width
-        with clock("score/reference", micro.work(players.reference)):
-            logprobs_BT = players.reference(micro.batch, temperature=temperature).logprobs_BT
-        if micro.counts:
-            reference_BR[index, :width] = at_responses(logprobs_BT, micro.batch).cpu()
+        if now.reference_BR is None:
+            with clock("score/reference", micro.work(players.reference)):
+                logprobs_BT = players.reference(micro.batch, temperature=temperature).logprobs_BT
+            if micro.counts:
+                reference_BR[index, :width] = at_responses(logprobs_BT, micro.batch).cpu()
         for term in readers:
             assert isinstance(term.reward, RewardModel)
             with clock(term.part, micro.work(term.reward.scalar)):
                 score_B = term.reward.score_ids(micro.batch).cpu()
             if micro.counts:
                 read_B[term.name][index] = score_B
-    world.fill(reference_BR, *read_B.values())
+    world.fill(*([reference_BR] if now.reference_BR is None else []), *read_B.values())
     for term in readers:
         assert isinstance(term.reward, RewardModel)
         term.reward.expect_numbers(read_B[term.name])

@@ -151,9 +151,16 @@ class Session:
         """Wait for all processes; an error names those that do not come."""
         world.meet(f"{self.run.verb}, {where}", minutes=self.wait_minutes)
 
-    def progress(self, total: int, *, done: int, unit: str = "steps") -> AbstractContextManager[Advance]:
-        """The run's progress bar."""
-        return progress(self.run.verb, total, done=done, unit=unit, quiet=not world.is_first())
+    def progress(
+        self, total: int, *, done: int = 0, unit: str = "steps", what: str = ""
+    ) -> AbstractContextManager[Advance]:
+        """The run's progress bar; `what`: of something beside its steps."""
+        label = f"{self.run.verb}, {what}" if what else self.run.verb
+        return progress(label, total, done=done, unit=unit, quiet=not world.is_first())
+
+    def reading(self, rows: int) -> AbstractContextManager[Advance]:
+        """The progress of frozen layers that read all rows before the first step."""
+        return self.progress(rows, unit="rows", what="frozen layers")
 
     def _newest(self) -> tuple[Path | None, set[str]]:
         """The newest intact checkpoint up to which the log is whole, and `abandoned`; what is passed over is said."""
@@ -312,14 +319,16 @@ class Session:
 
     def close(self) -> None:
         """Finish a save that is being written; close the log, if it was opened, and what asked for it by `at_end`."""
-        self.at_end.close()
-        # Of two failures the first one is on its way.
-        with suppress(SaveError, DataError):
-            self.saving.settle()
-        # Every row was flushed: what is left to write has failed before, and that failure is on its way.
-        if self.log is not None:
-            with suppress(OSError):
-                self.log.close()
+        try:
+            self.at_end.close()
+        finally:
+            # Of two failures the first one is on its way.
+            with suppress(Exception):
+                self.saving.settle()
+            # Every row was flushed: what is left to write has failed before, and that failure is on its way.
+            if self.log is not None:
+                with suppress(OSError):
+                    self.log.close()
 
 
 @contextmanager

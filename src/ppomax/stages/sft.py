@@ -20,7 +20,7 @@ from ppomax.engine.optimiser import Optimiser, learning_rate
 from ppomax.models.load import export, load_causal_lm, load_tokenizer
 from ppomax.models.players import Policy
 from ppomax.models.shard import shard
-from ppomax.models.trunk import trunk_states, with_states
+from ppomax.models.trunk import kept_bytes, trunk_states, with_states
 from ppomax.monitor.clock import step_row
 from ppomax.rl.objectives import nll_loss
 from ppomax.stages.inputs import (
@@ -29,6 +29,7 @@ from ppomax.stages.inputs import (
     context_limit,
     dialogue_tokens,
     fingerprint,
+    memory_of,
     of_dialogues,
     required,
     trained_of,
@@ -66,6 +67,8 @@ def _train(run: Session, config: SFTConfig) -> dict[str, Any]:
     context_limit(policy.model, max(len(row.ids) for row in (*rows, *heldout)), "longest dialogue")
     optimiser = Optimiser(policy.trained_parameters(), **adamw(config.optim))
     size = optimiser.bytes()
+    again = steps > per_epoch  # states that are read once are not worth keeping
+    kept = kept_bytes(policy, *_split(rows)) if again else 0
     run.plan(
         f"sft: {config.model} → {run.run.final}",
         {
@@ -76,6 +79,7 @@ def _train(run: Session, config: SFTConfig) -> dict[str, Any]:
             "schedule": schedule(config.optim, steps),
             "trained": trained_of(policy),
             "compute": f"{compute.device}, {str(compute.dtype)[6:]}; checkpoints of {size / 2**30:.2f} GiB",
+            "memory": memory_of([policy], optimiser.training_bytes(), kept),
         },
     )
     run.rehearse(size)
@@ -88,8 +92,7 @@ def _train(run: Session, config: SFTConfig) -> dict[str, Any]:
         optimiser.load_state_tensors(restored[0], adopt=world.size() > 1)
         start, failures = int(restored[1]["step"]) + 1, restored[1].get("failures", 0)
     budget = config.compute.tokens_per_microbatch
-    # States that are read once are not worth keeping.
-    states = trunk_states(policy, *_split(rows), budget=budget) if steps > per_epoch else None
+    states = trunk_states(policy, *_split(rows), budget=budget, watch=run.reading) if again else None
     with run.progress(steps, done=start) as advance:
         for step in range(start, steps):
             epoch, within = divmod(step, per_epoch)

@@ -54,19 +54,29 @@ def trust_region_step(
         with torch.no_grad():
             before = [policy.response_logits(batch, temperature=temperature) for batch, _, _ in pieces]
 
+        def slope_of(number: int) -> Tensor:
+            """The gradient of a microbatch's part of the mean KL(old ‖ new) at new = old, with its graph."""
+            logits = policy.response_logits(pieces[number][0], temperature=temperature)
+            kl = full_kl(before[number], logits).sum() / denom
+            return _flat(torch.autograd.grad(kl, parameters, create_graph=True))
+
+        # The parameters stay where they are for all products, so one graph does; those of several microbatches at once
+        # would take the memory that cutting them was to save.
+        kept: Tensor | None = slope_of(0) if len(pieces) == 1 else None
+
         def fisher(v: Tensor) -> Tensor:
-            """F·v: the Hessian of the mean KL(old ‖ new) at new = old, times v."""
+            """F·v: the Hessian of that KL, times v."""
             product = torch.zeros_like(v)
-            for (batch, _, _), old in zip(pieces, before, strict=True):
-                kl = full_kl(old, policy.response_logits(batch, temperature=temperature)).sum() / denom
-                slope = _flat(torch.autograd.grad(kl, parameters, create_graph=True))
-                product += _flat(torch.autograd.grad(slope @ v, parameters))
+            for number in range(len(pieces)):
+                slope = slope_of(number) if kept is None else kept
+                product += _flat(torch.autograd.grad(slope @ v, parameters, retain_graph=kept is not None))
             return product
 
         step = natural_step(
             gradient, fisher, max_kl=settings.max_kl, iterations=settings.cg_iterations, damping=settings.damping,
             tolerance=TOLERANCE,
         )  # fmt: skip
+        kept = None
         at = _flat([p.detach() for p in parameters]).clone()
         reached: dict[float, tuple[float, float]] = {}
 
