@@ -37,6 +37,9 @@ CASES: dict[str, dict[str, Any]] = {
         "critic": CriticConfig(pretrain_iterations=1, optim=SHORT),
     },
     "shared trunk": {"compute": TOP_LAYER},
+    "adapters": {
+        "compute": FLOAT32.model_copy(update={"tokens_per_microbatch": 200, "lora_rank": 2, "lora_alpha": 32.0})
+    },
     "whitened": {"whiten_advantages": True},
     "bootstrap": {"score": ScoreConfig(clip=1.0, truncated="bootstrap")},
     "temperature 0.7": {"sampling": SamplingConfig(max_new_tokens=16, temperature=0.7)},
@@ -106,8 +109,8 @@ def configuration(case: str, folder: Path, models: Models) -> PPOConfig:
     return ppo_config(folder / "run", start.sft, models.toys.prompts, **{**settings, **changes})
 
 
-def reference_run(config: PPOConfig) -> Run:
-    """The slow reference with the settings of a configuration."""
+def reference_run(config: PPOConfig, job: Job) -> Run:
+    """The slow reference with the settings of a configuration, and with the adapters of a job, which start by chance."""
     steps = config.rollout_batch // config.minibatch * config.epochs
     assert config.reference and config.kl.coefficient and config.score.clip
     assert config.critic.value_clip and config.ptx_weight
@@ -124,14 +127,27 @@ def reference_run(config: PPOConfig) -> Run:
     reference = str(embedded_directory(config.reference) or config.reference)
     return Run(
         settings, config.policy, reference, config.reward[0], dialogues,
-        {name: _adamw(optim) for name, optim in optims.items()},
+        {name: _adamw(optim) for name, optim in optims.items()}, _adapters(job) if config.compute.lora_rank else {},
     )  # fmt: skip
+
+
+def _adapters(job: Job) -> dict[str, dict[str, tuple[Tensor, float]]]:
+    models = {"policy": job.players.policy.model, "critic": job.players.critic.model}  # type: ignore[union-attr]
+    return {
+        player: {
+            name: (layer.lora_A["default"].weight.detach(), layer.scaling["default"])
+            for name, layer in model.named_modules()
+            if hasattr(layer, "lora_A")
+        }
+        for player, model in models.items()
+    }
 
 
 def compared(case: str, folder: Path, models: Models) -> Comparison:
     """Two iterations of a case on both sides."""
     config = configuration(case, folder, models)
-    job, run = prepared(config), reference_run(config)
+    job = prepared(config)
+    run = reference_run(config, job)
     for player in (job.players.policy, job.players.reference, job.players.critic, job.players.terms[0].reward.scalar):
         assert player.packs  # type: ignore[union-attr]
         player.packs = CASES[case].get("packs", True)  # type: ignore[union-attr]

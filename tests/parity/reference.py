@@ -1,8 +1,8 @@
 """PPO-max written a second time, slowly: one response at a time, plain transformers, float64, no code of ppomax.
 
 Numbers per token are Python floats in loops; only model outputs and gradients are tensors. The only inputs from a run
-are what it drew: the sampled ids, and which rows form a minibatch, in which order. Sources: docs/ppo-max.md and, for
-AdamW, the papers named there.
+are what it drew: the sampled ids, which rows form a minibatch, in which order, and where adapters start. Sources:
+docs/ppo-max.md and, for AdamW, the papers named there.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 PRECISION = torch.float64
@@ -167,13 +168,28 @@ class AdamW:
         return norm
 
 
+class LowRank(nn.Module):
+    """A weight W as W + scale·B·A (Hu et al., 2021); B starts at 0."""
+
+    def __init__(self, weight: Tensor, start_A: Tensor, scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+        self.A = nn.Parameter(start_A.to(PRECISION, copy=True))
+        self.B = nn.Parameter(torch.zeros(len(weight), len(start_A), dtype=PRECISION))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + self.scale * self.B @ self.A
+
+
 class Run:
     """The four models of a run, the two optimisers and the history of scores: `estimate` a rollout, then `update`."""
 
     def __init__(
         self, settings: Settings, policy: str, reference: str, reward: str, ptx: list[list[dict[str, str]]],
-        optims: dict[str, AdamWSettings],
+        optims: dict[str, AdamWSettings], adapters: dict[str, dict[str, tuple[Tensor, float]]],
     ) -> None:  # fmt: skip
+        """adapters: by player and linear map, where A starts and the scale; empty: the weights themselves are trained."""
+
         def load(kind: Any, path: str) -> Any:
             model = kind.from_pretrained(path, dtype=PRECISION).eval()
             # Else torch drops the gradient of reading the pad id, which is the end of turn here (trap 2).
@@ -183,10 +199,15 @@ class Run:
         self.settings = settings
         self.policy, self.reference = load(AutoModelForCausalLM, policy), load(AutoModelForCausalLM, reference)
         self.reward, self.critic = (load(AutoModelForSequenceClassification, reward) for _ in range(2))
+        models = {"policy": self.policy, "critic": self.critic}
+        for name, starts in adapters.items():
+            for layer, (start, scale) in starts.items():
+                module = models[name].get_submodule(layer)
+                parametrize.register_parametrization(module, "weight", LowRank(module.weight, start, scale))
         self.ptx = [_counted(AutoTokenizer.from_pretrained(policy), messages) for messages in ptx]
         self.optimisers = {
-            name: AdamW(_trained(model, settings.layers), optims[name])
-            for name, model in (("policy", self.policy), ("critic", self.critic))
+            name: AdamW(_trained(model, settings.layers, adapted=bool(adapters)), optims[name])
+            for name, model in models.items()
         }
         self.history: list[float] = []
 
@@ -276,12 +297,22 @@ class Run:
 
 
 def snapshot(model: Any) -> dict[str, Tensor]:
-    """Every parameter in float64."""
-    return {name: p.detach().to(PRECISION, copy=True) for name, p in model.named_parameters()}
+    """Every parameter in float64, those of adapters by their names in PEFT."""
+    return {_in_peft(name): p.detach().to(PRECISION, copy=True) for name, p in model.named_parameters()}
 
 
-def _trained(model: Any, layers: int | None) -> dict[str, Tensor]:
-    """All parameters, or those of the uppermost layers, the final norm and the scalar head."""
+def _in_peft(name: str) -> str:
+    layer, found, part = name.partition(".parametrizations.weight.")
+    if not found:
+        return name
+    return f"{layer}.base_layer.weight" if part == "original" else f"{layer}.lora_{part[-1]}.default.weight"
+
+
+def _trained(model: Any, layers: int | None, *, adapted: bool) -> dict[str, Tensor]:
+    """All parameters, those of the uppermost layers, the final norm and the scalar head, or adapters and that head."""
+    if adapted:
+        ends = (".A", ".B", "score.weight")
+        return {name: p for name, p in model.named_parameters() if name.endswith(ends)}
     last = model.config.num_hidden_layers
     names = tuple(f"model.layers.{i}." for i in range(last - (layers or 0), last))
     return {

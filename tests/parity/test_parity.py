@@ -113,6 +113,8 @@ def test_the_parameters_move_alike(case: str, index: int, both: Callable[[str], 
 
 def _trained(name: str, compute: ModelConfig) -> bool:
     """`tiny` has two layers; with a shared trunk, the upper one, the final norm and the head are trained."""
+    if compute.lora_rank is not None:
+        return ".lora_" in name or name.startswith("score.")
     return compute.train_layers is None or name.startswith(("model.layers.1.", "model.norm.", "score."))
 
 
