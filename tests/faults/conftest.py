@@ -12,6 +12,7 @@ from stages.conftest import (  # noqa: F401  fixtures
     Trained,
     command,
     one_thread,
+    pictures,
     toys,
     trained,
 )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import pytest
-from stages.conftest import Toys, Trained, one_thread, toys, trained
+from stages.conftest import Toys, Trained, one_thread, pictures, toys, trained
 from stages.toy import TOP_LAYER, reward_config, sft_config
 
 from ppomax.stages.reward import reward
 from ppomax.stages.sft import sft
 
-__all__ = ["one_thread", "toys", "trained"]
+__all__ = ["one_thread", "pictures", "toys", "trained"]
 
 
 @pytest.fixture(scope="session")

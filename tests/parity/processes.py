@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from stages.drawing import each_kind_once
 from stages.toy import share_of_e
 
 from ppomax.config import PPOConfig, RewardConfig, SFTConfig
@@ -61,7 +62,8 @@ def worker(rank: int, folder: str, jobs: list[tuple[Any, dict[str, bool]]]) -> N
     assert world.size() == WORLD
     for config, options in jobs:
         try:
-            run(config, **options)
+            with each_kind_once():
+                run(config, **options)
         except Exception:
             Path(folder, f"failed-{rank}.txt").write_text(f"{config.run_dir}\n{traceback.format_exc()}")
             os._exit(1)

@@ -14,6 +14,7 @@ from ppomax.config import PPOConfig
 from ppomax.stages.ppo import ppo
 from ppomax.stages.reward import reward
 from ppomax.stages.sft import sft
+from stages.drawing import each_kind_once
 from stages.processes import Command
 from stages.toy import (
     TOP_LAYER,
@@ -62,6 +63,13 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def pictures() -> Iterator[None]:
+    """Each kind of run is drawn once by a process."""
+    with each_kind_once():
+        yield
 
 
 @pytest.fixture(scope="session")

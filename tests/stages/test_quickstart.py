@@ -21,6 +21,7 @@ from ppomax.data.readers import read_pairs, read_prompts
 from ppomax.monitor.text import content_stems
 from ppomax.stages.inputs import compute_of
 from ppomax.stages.players import load_reward_model
+from stages.drawing import every_picture
 from stages.processes import Command, rows_in
 from stages.toy import FLOAT32, file_hashes, metrics, same_bits, weights
 
@@ -79,7 +80,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Fini
         assert "(quickstart: the same command)" in running.said()
     finally:
         Command.end_all()
-    assert main(words(run)) == 0
+    with every_picture():
+        assert main(words(run)) == 0
     assert (run / "pairs.jsonl").stat().st_mtime_ns == labelled
     return Finished(run, summary_of(run))
 

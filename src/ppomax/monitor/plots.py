@@ -306,6 +306,10 @@ def _short(label: str) -> str:
 def _svg(figure: Figure) -> str:
     stream = io.StringIO()
     figure.align_ylabels()
+    layout = figure.get_layout_engine()
+    assert layout is not None
+    layout.execute(figure)
+    figure.set_layout_engine(None)  # else matplotlib draws twice, to lay out what is laid out
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # the browser's font draws it
         figure.savefig(stream, format="svg", dpi=144, transparent=True, metadata={"Date": None, "Creator": None})

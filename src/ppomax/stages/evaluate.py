@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ppomax.config import EvaluateConfig
-from ppomax.engine.durable import write_json_atomic, write_text_atomic
+from ppomax.engine.durable import free_bytes, size_text, write_json_atomic, write_text_atomic
 from ppomax.engine.rundir import Run
 from ppomax.models.load import load_causal_lm, load_tokenizer, reads_alike, same_vocabulary
 from ppomax.models.players import Policy, at_responses, expect_equal_rows
@@ -50,6 +50,8 @@ from ppomax.stages.session import opened_run
 from ppomax.types import Prompt, Rollout, SetupError, token_batch
 
 RANDOM_PURPOSE = 1_000_003
+# On the disk: the page, an answer with its prompt and scores, and each of its tokens.
+PAGE_BYTES, ANSWER_BYTES, TOKEN_BYTES = 10_000_000, 2_000, 8
 
 
 @dataclass(frozen=True)
@@ -112,6 +114,7 @@ def _evaluate(run: Run, config: EvaluateConfig) -> dict[str, Any]:
         expect_takes(judge, columns, what=f"judge {name}")
         try_judge(judge, prompts, name=name)
     print(f"evaluate: {read}; {len(prompts)} prompts × {config.samples_per_prompt} samples a system")
+    _expect_room(run, 2 * len(prompts) * config.samples_per_prompt, config.sampling.max_new_tokens)
     policy = Policy(load_causal_lm(config.policy, compute), train_layers=None, trained=False)
     baseline = Policy(load_causal_lm(config.baseline, compute), train_layers=None, trained=False)
     if config.sampling.warped:
@@ -141,6 +144,16 @@ def _evaluate(run: Run, config: EvaluateConfig) -> dict[str, Any]:
     read_again = 2 * len(after.texts) + (len(after.texts) + len(pool.texts)) * (model is not None)
     with progress("evaluate, reading", read_again, unit="responses") as advance:
         return _report(run, config, Systems(policy, baseline, model, judges, advance), after, pool)
+
+
+def _expect_room(run: Run, answers: int, limit: int) -> None:
+    """Refuse a disk on which the answers would be found not to fit when they have been sampled."""
+    needed, free = PAGE_BYTES + answers * (ANSWER_BYTES + TOKEN_BYTES * limit), free_bytes(run.path)
+    if free < needed:
+        raise SetupError(
+            f"{run.path}: found {size_text(free)} free, expected {size_text(needed)} for {answers:,} answers and a "
+            "report. Free some space or choose another --run-dir"
+        )
 
 
 def _first_of_each(prompts: Sequence[Prompt], most: int | None) -> list[int]:

@@ -319,16 +319,14 @@ class Session:
 
     def close(self) -> None:
         """Finish a save that is being written; close the log, if it was opened, and what asked for it by `at_end`."""
-        try:
-            self.at_end.close()
-        finally:
-            # Of two failures the first one is on its way.
-            with suppress(Exception):
-                self.saving.settle()
-            # Every row was flushed: what is left to write has failed before, and that failure is on its way.
+        # Of two failures the first one is on its way.
+        with suppress(Exception):
+            self.saving.settle()
+        # Every row was flushed: what is left to write has failed before, and that failure is on its way.
+        with suppress(OSError):
             if self.log is not None:
-                with suppress(OSError):
-                    self.log.close()
+                self.log.close()
+        self.at_end.close()
 
 
 @contextmanager

@@ -1,0 +1,40 @@
+"""Reports of toy runs draw each kind of run once: pictures take most of a toy run's time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+
+from ppomax.monitor import report
+from ppomax.monitor.pictures import Picture, pictures_of
+from ppomax.monitor.run_files import RunFiles
+
+_drawn: set[Any] = set()
+
+
+def pictures_once(run: RunFiles) -> list[Picture]:
+    """The pictures of a run, if this process has drawn none yet of a run with these measurements and this data card."""
+    kind = run.stage, frozenset(key for row in run.metrics for key in row), frozenset(run.summary), frozenset(run.data)
+    if kind in _drawn:
+        return []
+    _drawn.add(kind)
+    return pictures_of(run)
+
+
+@contextmanager
+def each_kind_once() -> Iterator[None]:
+    """For the time of a block."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "pictures_of", pictures_once)
+        yield
+
+
+@contextmanager
+def every_picture() -> Iterator[None]:
+    """The same as users see, within such a block."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "pictures_of", pictures_of)
+        yield
