@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ppomax.data.batches import balanced_batches, epoch_order, least_padded, prompt_batches, token_budget_batches
+from ppomax.data.batches import (
+    balanced_batches,
+    epoch_order,
+    least_padded,
+    padded_batches,
+    prompt_batches,
+    token_budget_batches,
+)
 
 lengths_lists = st.lists(st.integers(1, 300), max_size=200)
 
@@ -19,6 +26,19 @@ def test_token_budget_by_hand() -> None:
 
 def test_a_row_over_the_budget_is_alone() -> None:
     assert token_budget_batches([3, 50, 2], budget=10, max_rows=8) == [[1], [0, 2]]
+
+
+@given(lengths_lists, st.integers(1, 1000), st.integers(0, 500))
+def test_padded_batches_hold_the_budget_and_every_row_once(lengths: list[int], budget: int, overhead: int) -> None:
+    batches = padded_batches(lengths, budget=budget, overhead=overhead)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    assert all(len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= budget for batch in batches)
+    assert [lengths[i] for batch in batches for i in batch] == sorted(lengths, reverse=True)
+
+
+def test_padded_batches_pad_where_a_pass_costs_more() -> None:
+    assert padded_batches([5, 40, 5, 38], budget=1000, overhead=50) == [[1, 3], [0, 2]]
+    assert padded_batches([5, 40, 5, 38], budget=1000, overhead=71) == [[1, 3, 0, 2]]
 
 
 @given(lengths_lists, st.integers(1, 1000), st.integers(1, 20))

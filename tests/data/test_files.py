@@ -124,7 +124,7 @@ def test_a_hub_failure_names_the_spec_and_says_that_there_is_no_file(monkeypatch
         rows_of("owner/name")
 
 
-def test_without_datasets_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_datasets_the_error_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(SetupError, match=r"owner/name: no such file.*needs `datasets`: pip install datasets"):
         rows_of("owner/name")

@@ -169,7 +169,7 @@ def test_a_reward_model_scores_alike_after_save_reload_and_merge(tmp_path: Path)
         assert torch.allclose(found[counts], expected[counts], atol=1e-5)
 
 
-def test_without_peft_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_peft_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "peft", None)
     with pytest.raises(SetupError, match=r"compute.lora_rank needs `peft`: pip install 'peft>=0.18'"):
         Policy(tiny(), train_layers=None, trained=True, lora=LORA)

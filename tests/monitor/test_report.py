@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import warnings
 from collections.abc import Callable, Iterable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from monitor.conftest import HOSTILE, write_json, write_jsonl
 
 from ppomax.errors import SaveError
+from ppomax.monitor.plots import Line, Panel, line_chart
 from ppomax.monitor.report import write_report
 from ppomax.types import DataError, SetupError
 
@@ -262,6 +264,13 @@ def test_rows_with_holes_null_and_odd_histograms_do_not_break_the_report(tmp_pat
 def test_a_long_run_stays_a_small_file(tmp_path: Path, make_ppo_rows: MakeRows) -> None:
     run = _write_metrics(tmp_path, make_ppo_rows(iterations=3000))
     assert write_report(run).stat().st_size < 2_000_000
+
+
+def test_names_that_the_fonts_here_do_not_have_are_no_reason_to_warn() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        picture = line_chart([1, 2], [Panel("奖励", [Line("评判", [0.1, 0.2]), Line("长度", [1, 2])])], xlabel="步")
+    assert "奖励" in picture and "评判" in picture
 
 
 def test_the_same_run_gives_the_same_file(quickstart: Path, quickstart_page: str) -> None:

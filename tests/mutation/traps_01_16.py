@@ -122,8 +122,8 @@ MUTATIONS = [
     ),
     Mutation(
         8, "old log-probs are those of temperature 1", "stages/scoring.py",
-        "scores = players.policy(micro.batch, temperature=temperature, statistics=True, against=against)",
-        "scores = players.policy(micro.batch, temperature=1.0, statistics=True, against=against)",
+        "micro.batch, temperature=temperature, statistics=True, against=against, both=reference",
+        "micro.batch, temperature=1.0, statistics=True, against=against, both=reference",
         (f"{SCORING}::test_trap_08_and_11_every_reading_is_that_of_plain_transformers",),
     ),
     Mutation(

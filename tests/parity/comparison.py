@@ -127,15 +127,18 @@ def reference_run(config: PPOConfig, job: Job) -> Run:
     reference = str(embedded_directory(config.reference) or config.reference)
     return Run(
         settings, config.policy, reference, config.reward[0], dialogues,
-        {name: _adamw(optim) for name, optim in optims.items()}, _adapters(job) if config.compute.lora_rank else {},
+        {name: _adamw(optim) for name, optim in optims.items()}, _adapters(job, config),
     )  # fmt: skip
 
 
-def _adapters(job: Job) -> dict[str, dict[str, tuple[Tensor, float]]]:
+def _adapters(job: Job, config: PPOConfig) -> dict[str, dict[str, tuple[Tensor, float]]]:
+    if config.compute.lora_rank is None:
+        return {}
+    scale = config.compute.lora_alpha / config.compute.lora_rank
     models = {"policy": job.players.policy.model, "critic": job.players.critic.model}  # type: ignore[union-attr]
     return {
         player: {
-            name: (layer.lora_A["default"].weight.detach(), layer.scaling["default"])
+            name: (layer.lora_A["default"].weight.detach(), scale)
             for name, layer in model.named_modules()
             if hasattr(layer, "lora_A")
         }

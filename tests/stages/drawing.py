@@ -16,12 +16,15 @@ _drawn: set[Any] = set()
 
 
 def pictures_once(run: RunFiles) -> list[Picture]:
-    """The pictures of a run, if this process has drawn none yet of a run with these measurements and this data card."""
-    kind = run.stage, frozenset(key for row in run.metrics for key in row), frozenset(run.summary), frozenset(run.data)
+    """The pictures of a run, if this process has drawn none yet of a run with these measurements and this data card;
+    one row is another kind than several."""
+    measured = frozenset(key for row in run.metrics for key in row), min(len(run.metrics), 2)
+    kind = run.stage, measured, frozenset(run.summary), frozenset(run.data)
     if kind in _drawn:
         return []
+    pictures = pictures_of(run)
     _drawn.add(kind)
-    return pictures_of(run)
+    return pictures
 
 
 @contextmanager

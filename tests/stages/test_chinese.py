@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from ppomax.stages.evaluate import evaluate
 from ppomax.stages.ppo import ppo
 from ppomax.stages.reward import reward
 from ppomax.stages.sft import sft
+from stages.drawing import every_picture
 from stages.toy import ppo_config, reward_config, sft_config, write_rows
 
 MOSS = Path(__file__).parents[2] / "../shared/data/moss-zh-prompts.json"
@@ -44,6 +46,12 @@ def pairs() -> list[dict[str, Any]]:
         for a in THINGS
         for b in THINGS[:3]
     ]
+
+
+@pytest.fixture(autouse=True)
+def drawn() -> Iterator[None]:
+    with every_picture():
+        yield
 
 
 def test_from_file_to_report(tmp_path: Path) -> None:

@@ -32,6 +32,11 @@ def learning_rate(
     return peak * (floor + (1 - floor) * shape)
 
 
+def local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 class Optimiser:
     """AdamW with float32 masters, float32 gradient accumulation and a global gradient-norm clip.
 
@@ -118,8 +123,10 @@ class Optimiser:
         return sum(3 * 4 * master.numel() + 4 for master in self.masters.values())
 
     def training_bytes(self) -> int:
-        """What training holds beside the model's weights: masters where those are rounded, moments, gradients."""
-        return sum(4 * m.numel() * (3 + (m is not self.parameters[name])) for name, m in self.masters.items())
+        """What training holds beside the model's weights: masters where those are rounded, moments, gradients; of
+        tensors that processes divide, this one's part."""
+        own = ((m, m is self.parameters[name]) for name, m in self.masters.items())
+        return sum(4 * local(m).numel() * (3 if weight else 4) for m, weight in own)
 
     def zero_grad(self) -> None:
         """Forget the accumulated gradient."""

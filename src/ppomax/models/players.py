@@ -180,13 +180,13 @@ class Policy(Player):
 
     def forward(
         self, batch: TokenBatch, *, mask_BT: Tensor | None = None, temperature: float = 1.0, statistics: bool = False,
-        entropy: bool = False, against: Policy | None = None,
+        entropy: bool = False, against: Policy | None = None, both: bool = False,
     ) -> TokenScores:  # fmt: skip
         """Log-probs of the tokens under `mask_BT` (default: the response tokens), logits divided by `temperature`.
 
         statistics: no gradient, but also the exact entropy over the vocabulary and the log-probs at temperature 1.
-        entropy: the entropy with its gradient. against: the exact KL to another policy, with the gradient in this one;
-        with `statistics` that policy's log-probs too.
+        entropy: the entropy with its gradient. against: the exact KL to another policy, with the gradient in this one.
+        both: that policy's log-probs too.
         """
         places = _Places.of(response_mask(batch) if mask_BT is None else mask_BT, batch)
         states = self._unembedded(batch, places)
@@ -197,7 +197,7 @@ class Policy(Player):
         if against is not None:
             with torch.no_grad():
                 other = against._unembedded(batch, places)
-                theirs = _token_scores(other, places, temperature, statistics=False) if statistics else None
+                theirs = _token_scores(other, places, temperature, statistics=False) if both else None
             scores = replace(
                 scores, kl_BT=places.spread(token_kl(states, other, temperature=temperature)),
                 other_logprobs_BT=None if theirs is None else theirs.logprobs_BT,

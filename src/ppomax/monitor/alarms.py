@@ -243,8 +243,8 @@ _ADVICE = {
     "the ptx loss, or pairs in which the phrase loses.",
     "on_topic_share": "Fewer answers share a content word with their prompt: the policy says what scores well "
     "whatever the question. Try a larger KL coefficient or pairs in which off-topic answers lose.",
-    "distinct_2": "More pairs of neighbouring words are said again in other answers: all of them drift towards a few "
-    "phrases. Read samples; try a larger KL coefficient, fewer iterations or more prompts.",
+    "distinct_2": "More pairs of neighbouring words are said again, in one answer or in several: often a drift towards "
+    "a few phrases (longer answers lower it too). Read samples; try a larger KL coefficient or more prompts.",
     "degenerate_share": "Empty, looping or unprintable text. Go back to an earlier checkpoint; try a lower learning "
     "rate and a larger KL coefficient.",
     "truncated_share": "The policy forgets to stop, or the limit is too low for it. Raise sampling.max_new_tokens, or "

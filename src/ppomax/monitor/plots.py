@@ -30,6 +30,8 @@ _LABEL_START, _LABEL_END = 8, 19
 
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
+    "figure.autolayout": False,
+    "figure.constrained_layout.use": False,
     "svg.hashsalt": "ppomax",
     "text.parse_math": False,
     "font.size": 9,
@@ -308,10 +310,10 @@ def _svg(figure: Figure) -> str:
     figure.align_ylabels()
     layout = figure.get_layout_engine()
     assert layout is not None
-    layout.execute(figure)
-    figure.set_layout_engine(None)  # else matplotlib draws twice, to lay out what is laid out
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # the browser's font draws it
+        layout.execute(figure)
+        figure.set_layout_engine(None)  # else matplotlib draws twice, to lay out what is laid out
         figure.savefig(stream, format="svg", dpi=144, transparent=True, metadata={"Date": None, "Creator": None})
     text = stream.getvalue()
     text = text[text.index("<svg") :]

@@ -50,8 +50,8 @@ from ppomax.stages.session import opened_run
 from ppomax.types import Prompt, Rollout, SetupError, token_batch
 
 RANDOM_PURPOSE = 1_000_003
-# On the disk: the page, an answer with its prompt and scores, and each of its tokens.
-PAGE_BYTES, ANSWER_BYTES, TOKEN_BYTES = 10_000_000, 2_000, 8
+# On the disk: the page, an answer with its scores beside its prompt, and each of its tokens.
+PAGE_BYTES, ANSWER_BYTES, TOKEN_BYTES = 2_000_000, 500, 8
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def _evaluate(run: Run, config: EvaluateConfig) -> dict[str, Any]:
         expect_takes(judge, columns, what=f"judge {name}")
         try_judge(judge, prompts, name=name)
     print(f"evaluate: {read}; {len(prompts)} prompts × {config.samples_per_prompt} samples a system")
-    _expect_room(run, 2 * len(prompts) * config.samples_per_prompt, config.sampling.max_new_tokens)
+    _expect_room(run, prompts, 2 * config.samples_per_prompt, config.sampling.max_new_tokens)
     policy = Policy(load_causal_lm(config.policy, compute), train_layers=None, trained=False)
     baseline = Policy(load_causal_lm(config.baseline, compute), train_layers=None, trained=False)
     if config.sampling.warped:
@@ -146,13 +146,16 @@ def _evaluate(run: Run, config: EvaluateConfig) -> dict[str, Any]:
         return _report(run, config, Systems(policy, baseline, model, judges, advance), after, pool)
 
 
-def _expect_room(run: Run, answers: int, limit: int) -> None:
-    """Refuse a disk on which the answers would be found not to fit when they have been sampled."""
-    needed, free = PAGE_BYTES + answers * (ANSWER_BYTES + TOKEN_BYTES * limit), free_bytes(run.path)
+def _expect_room(run: Run, prompts: Sequence[Prompt], answers: int, limit: int) -> None:
+    """Refuse a disk on which so many answers to each prompt would be found not to fit when they have been sampled."""
+    asked = sum(len(prompt.messages[-1]["content"].encode()) for prompt in prompts)
+    needed = PAGE_BYTES + answers * (asked + len(prompts) * (ANSWER_BYTES + TOKEN_BYTES * limit))
+    written_anew = sum(file.stat().st_size for file in (run.samples, run.report) if file.exists())
+    free = free_bytes(run.path) + written_anew
     if free < needed:
         raise SetupError(
-            f"{run.path}: found {size_text(free)} free, expected {size_text(needed)} for {answers:,} answers and a "
-            "report. Free some space or choose another --run-dir"
+            f"{run.path}: found {size_text(free)} free, expected {size_text(needed)} for {answers * len(prompts):,} "
+            "answers and a report. Free some space or choose another --run-dir"
         )
 
 

@@ -19,6 +19,8 @@ from ppomax.data.chat import fit_dialogue, fit_prompt, render_dialogue, render_p
 from ppomax.data.readers import ReadReport, read_prompts
 from ppomax.engine import world
 from ppomax.engine.checkpoint import file_hash
+from ppomax.engine.durable import size_text
+from ppomax.engine.optimiser import local
 from ppomax.models.load import Compute, context_length, model_directory, resolve_compute
 from ppomax.models.lora import Lora
 from ppomax.models.players import Player, Policy
@@ -144,13 +146,14 @@ def trained_of(player: Player) -> str:
 
 
 def memory_of(players: Iterable[Player], training: int, kept: int = 0) -> str:
-    """What a run holds from its first step on, for the plan. training: bytes beside the weights; kept: those of states
-    of frozen layers."""
-    parameters = {id(p): p for player in players for p in player.parameters()}.values()
+    """What this process holds from its first step on, for the plan. training: bytes beside the weights; kept: those of
+    states of frozen layers."""
+    parameters = [local(p) for p in {id(p): p for player in players for p in player.parameters()}.values()]
     weights = sum(p.numel() * p.element_size() for p in parameters)
     parts = {"weights": weights, "masters, moments, gradients": training, "states of frozen layers": kept}
-    held = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items() if size)
-    return f"{(weights + training + kept) / 2**30:.2f} GiB ({held}), and activations"
+    held = ", ".join(f"{name} {size_text(size)}" for name, size in parts.items() if size)
+    each = " in each process" if world.size() > 1 else ""
+    return f"{size_text(weights + training + kept)}{each} ({held})"
 
 
 def dialogue_tokens(

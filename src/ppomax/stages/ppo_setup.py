@@ -18,7 +18,7 @@ from ppomax.data.split import by_weight, weighted_order
 from ppomax.engine import world
 from ppomax.engine.averaging import MovingAverage
 from ppomax.engine.durable import disk_errors
-from ppomax.engine.optimiser import Optimiser
+from ppomax.engine.optimiser import Optimiser, local
 from ppomax.engine.speed import model_shapes, peak_rate
 from ppomax.models.load import load_tokenizer
 from ppomax.monitor.log import append_samples, read_metrics, without_nan
@@ -310,7 +310,7 @@ def _state_bytes(optimisers: Optimisers) -> int:
 def _training_bytes(optimisers: Optimisers) -> int:
     average = () if optimisers.average is None else optimisers.average.means.values()
     both = [optimisers.policy, *([] if optimisers.critic is None else [optimisers.critic])]
-    return sum(optimiser.training_bytes() for optimiser in both) + sum(4 * mean.numel() for mean in average)
+    return sum(optimiser.training_bytes() for optimiser in both) + sum(4 * mean.numel() for mean in map(local, average))
 
 
 def _read_ptx(tokenizer: Any, config: PPOConfig) -> tuple[list[Tokens], str]:
@@ -350,7 +350,8 @@ def _print_plan(run: Session, job: Job, report: str, ptx_report: str) -> None:
             "trained": trained_of(players.policy),
             "compute": f"{players.compute.device}, {str(players.compute.dtype)[6:]}, vocabulary {vocabulary:,}, "
             f"sequences up to {longest} tokens; checkpoints of {_state_bytes(job.optimisers) / 2**30:.2f} GiB",
-            "memory": f"{memory_of(models, _training_bytes(job.optimisers))}, which `ppomax plan` counts too",
+            "memory": f"{memory_of(models, _training_bytes(job.optimisers))}, activations and "
+            + ("what vLLM takes" if config.sampling.engine == "vllm" else "the sampler's cache (see `ppomax plan`)"),
         },
     )
 

@@ -42,7 +42,7 @@ from ppomax.stages.inputs import (
 from ppomax.stages.nonfinite import NONFINITE_IN_A_ROW, failed_step, failures_after
 from ppomax.stages.reward_data import reward_rows
 from ppomax.stages.reward_report import heldout_summary, judged_pairs, sample_rows, write_samples
-from ppomax.stages.reward_scoring import expect_comparable, passes, picked, score_pairs, score_rows, scores_by
+from ppomax.stages.reward_scoring import expect_comparable, passes, picked, score_pairs, score_rows, scores_by, share
 from ppomax.stages.session import Session, session
 from ppomax.stages.sft import adamw, of_all, rate, schedule
 from ppomax.types import DataError, SetupError, Work
@@ -96,7 +96,7 @@ def _train(run: Session, config: RewardConfig) -> dict[str, Any]:
             "schedule": schedule(config.optim, steps),
             "trained": trained_of(model),
             "compute": f"{compute.device}, {str(compute.dtype)[6:]}; checkpoints of {size / 2**30:.2f} GiB",
-            "memory": memory_of([model], optimiser.training_bytes(), kept),
+            "memory": f"{memory_of([model], optimiser.training_bytes(), kept)}, and activations",
         },
     )
     run.rehearse(size)
@@ -136,7 +136,7 @@ def _train(run: Session, config: RewardConfig) -> dict[str, Any]:
     if data.judged:
         budget = config.compute.tokens_per_microbatch
         theirs = None
-        total = len(data.judged) * (1 if config.compare is None else 2)
+        total = share(model, data.judged, budget) * (1 if config.compare is None else 2)
         with run.progress(total, unit="prompts", what="test" if data.test else "held-out pairs") as advance:
             scores = score_rows(model, data.judged, None if data.test else held_states, budget, advance)
             if config.compare is not None:

@@ -65,8 +65,8 @@ def score_rows(
         if weight:
             places = torch.tensor([m for i in members for m in range(starts[i], starts[i + 1])])
             chosen_M[places], rejected_M[places] = chosen_B.cpu(), rejected_B.cpu()
-        if advance is not None:
-            advance(len(members))
+            if advance is not None:
+                advance(len(members))
     world.fill(chosen_M, rejected_M)
     flat = zip(chosen_M.tolist(), rejected_M.tolist(), strict=True)
     return [[next(flat) for _ in row.pairs] for row in rows]
@@ -93,6 +93,11 @@ def groups_of(model: Scalar, rows: Sequence[RankedTokens], budget: int) -> list[
 def passes(model: Scalar, rows: Sequence[RankedTokens], budget: int) -> list[tuple[list[int], float]]:
     """Rows of each forward pass of this process, with the pass's weight."""
     return world.passes([len(row) for row in rows], lambda part: groups_of(model, [rows[i] for i in part], budget))
+
+
+def share(model: Scalar, rows: Sequence[RankedTokens], budget: int) -> int:
+    """How many rows this process scores."""
+    return sum(len(members) for members, weight in passes(model, rows, budget) if weight)
 
 
 def picked(states: Sequence[list[Tensor]] | None, members: Sequence[int]) -> list[list[Tensor]] | None:

@@ -134,8 +134,14 @@ class Readings:
 
 
 @torch.no_grad()
-def read(players: Players, rollout: Rollout, plan: list[Minibatch], *, temperature: float, full_kl: bool) -> Readings:
-    """Policy and critic, as they are now, on a rollout. Each process reads its rows, and all know the whole."""
+def read(
+    players: Players, rollout: Rollout, plan: list[Minibatch], *, temperature: float, full_kl: bool,
+    reference: bool = False,
+) -> Readings:  # fmt: skip
+    """Policy and critic, as they are now, on a rollout. Each process reads its rows, and all know the whole.
+
+    full_kl: the exact KL to the reference, and with `reference` its log-probs, which cost no pass of their own then.
+    """
     (B, R), clock = rollout.response_ids_BR.shape, players.clock
     logprobs, entropy, plain, values, exact_kl, theirs = (torch.zeros(B, R) for _ in range(6))
     after_B = torch.zeros(B)
@@ -144,7 +150,9 @@ def read(players: Players, rollout: Rollout, plan: list[Minibatch], *, temperatu
         against = players.reference if full_kl else None
         work = micro.work(players.policy)
         with clock("score/policy", work if against is None else work + micro.work(against)):
-            scores = players.policy(micro.batch, temperature=temperature, statistics=True, against=against)
+            scores = players.policy(
+                micro.batch, temperature=temperature, statistics=True, against=against, both=reference
+            )
         for target, source in (
             (logprobs, scores.logprobs_BT),
             (entropy, scores.entropy_BT),
@@ -160,9 +168,11 @@ def read(players: Players, rollout: Rollout, plan: list[Minibatch], *, temperatu
             if micro.counts:
                 values[index, :width] = at_responses(values_BT, micro.batch, before=True).cpu()
                 after_B[index] = at_end(values_BT, micro.batch).cpu()
-    world.fill(logprobs, entropy, plain, values, exact_kl, theirs, after_B)
-    exact = (exact_kl, theirs) if full_kl else (None, None)
-    return Readings(logprobs, TokenStatistics(entropy, plain), values, after_B, *exact)
+    world.fill(logprobs, entropy, plain, values, exact_kl, *([theirs] if reference else []), after_B)
+    return Readings(
+        logprobs, TokenStatistics(entropy, plain), values, after_B, exact_kl if full_kl else None,
+        theirs if reference else None,
+    )  # fmt: skip
 
 
 @torch.no_grad()
@@ -175,7 +185,7 @@ def score(
     components, dense_BR = score_texts(players.terms, rollout, texts, clock)
     readers = [t for t in players.terms if isinstance(t.reward, RewardModel) and t.reward.reads_ids]
     read_B = {term.name: torch.zeros(len(rollout)) for term in readers}
-    now = read(players, rollout, plan, temperature=temperature, full_kl=full_kl)
+    now = read(players, rollout, plan, temperature=temperature, full_kl=full_kl, reference=full_kl)
     reference_BR = torch.zeros_like(now.logprobs_BR) if now.reference_BR is None else now.reference_BR
     for micro in (m for group in plan for m in group.micros):
         index, width = torch.tensor(micro.rows), micro.batch.response_width

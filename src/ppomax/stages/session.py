@@ -319,14 +319,13 @@ class Session:
 
     def close(self) -> None:
         """Finish a save that is being written; close the log, if it was opened, and what asked for it by `at_end`."""
-        # Of two failures the first one is on its way.
-        with suppress(Exception):
-            self.saving.settle()
-        # Every row was flushed: what is left to write has failed before, and that failure is on its way.
-        with suppress(OSError):
-            if self.log is not None:
-                self.log.close()
-        self.at_end.close()
+        with self.at_end, suppress(Exception):  # of two failures the first one is on its way
+            try:
+                self.saving.settle()
+            finally:
+                # Every row was flushed: what is left to write has failed before.
+                if self.log is not None:
+                    self.log.close()
 
 
 @contextmanager

@@ -79,7 +79,7 @@ def _train(run: Session, config: SFTConfig) -> dict[str, Any]:
             "schedule": schedule(config.optim, steps),
             "trained": trained_of(policy),
             "compute": f"{compute.device}, {str(compute.dtype)[6:]}; checkpoints of {size / 2**30:.2f} GiB",
-            "memory": memory_of([policy], optimiser.training_bytes(), kept),
+            "memory": f"{memory_of([policy], optimiser.training_bytes(), kept)}, and activations",
         },
     )
     run.rehearse(size)
