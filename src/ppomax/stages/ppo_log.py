@@ -126,7 +126,8 @@ def sample_rows(iteration: int, scored: ScoredRollouts, texts: list[str]) -> lis
 def note(row: dict[str, Any]) -> str:
     """The few numbers beside the progress bar."""
     gold = f", judge {row['gold_mean']:.2f}" if "gold_mean" in row else ""
-    warning = f", {len(row['alarms'])} alarms" if row.get("alarms") else ""
+    count = len(row.get("alarms", []))
+    warning = f", {count} alarm{'s' if count > 1 else ''}" if count else ""
     reached = f"KL {row['kl_per_sequence']:.1f}, length {row['response_length']:.0f}"
     return f"score {row['score_mean']:.2f}{gold}, {reached}{warning}"
 
