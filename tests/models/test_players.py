@@ -49,18 +49,15 @@ def opened(request: pytest.FixtureRequest, lively: str, lively_reward: str) -> C
     return lambda **options: scalar(lively_reward, **options)
 
 
-def test_padded_passes_are_cut_where_lengths_differ_by_more_than_a_pass_costs(
-    lively: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("ppomax.models.players.packing_is_exact", lambda base: False)
+def test_padded_passes_are_cut_where_lengths_differ_by_more_than_a_pass_costs(lively: str) -> None:
     player = policy(lively)
+    player.packs = False
     sides = [[1, 2]] * 7, [[3] * n for n in (300, 10, 298, 11, 12, 301, 9)]
     assert player.microbatches(*sides, budget=100_000) == [[5, 0, 2], [4, 3, 1, 6]]
     assert player.microbatches(*sides, budget=700) == [[5, 0], [2], [4, 3, 1, 6]]
     # To start a pass of so small a model takes a GPU longer than all these tokens.
-    small = policy(lively)
-    small.device = torch.device("cuda")
-    assert small.microbatches(*sides, budget=100_000) == [[5, 0, 2, 4, 3, 1, 6]]
+    player.device = torch.device("cuda")
+    assert player.microbatches(*sides, budget=100_000) == [[5, 0, 2, 4, 3, 1, 6]]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import pytest
@@ -28,16 +28,17 @@ def pictures_once(run: RunFiles) -> list[Picture]:
 
 
 @contextmanager
-def each_kind_once() -> Iterator[None]:
+def _drawn_by(draw: Callable[[RunFiles], list[Picture]]) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "pictures_of", draw)
+        yield
+
+
+def each_kind_once() -> AbstractContextManager[None]:
     """For the time of a block."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "pictures_of", pictures_once)
-        yield
+    return _drawn_by(pictures_once)
 
 
-@contextmanager
-def every_picture() -> Iterator[None]:
+def every_picture() -> AbstractContextManager[None]:
     """The same as users see, within such a block."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "pictures_of", pictures_of)
-        yield
+    return _drawn_by(pictures_of)

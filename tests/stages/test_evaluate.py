@@ -25,7 +25,6 @@ from ppomax.errors import SaveError
 from ppomax.models.load import load_causal_lm, load_tokenizer
 from ppomax.models.players import Policy
 from ppomax.rewards.model import RewardModel
-from ppomax.stages import comparison
 from ppomax.stages import evaluate as stage
 from ppomax.stages.evaluate import _answer, evaluate
 from ppomax.stages.inputs import compute_of, fitted_prompts
@@ -327,14 +326,6 @@ def test_every_answer_is_judged_and_scored_once(
     del judged[:2]  # two answers by which the judge was tried
     assert len(judged) == len(scored) == found["prompts"] * answers > 0
     assert found["reward_model"]["share_of_e"].keys() == {"accuracy", "correlation"}
-
-
-def test_best_of_n_by_hand() -> None:
-    """One prompt, four samples, of which the first two are compared: no candidate for their own best of two is among them."""
-    rewards, judged = [9.0, 1.0, 2.0, 8.0], [0.0, 0.1, 0.2, 0.3]
-    found = comparison.best_of(rewards, judged, {"p": [0, 1, 2, 3]}, judged[:2], ["p", "p"], [0, 1], 2, tie=0.05)
-    # Sample 0 against the better of 1 and 2, which is 2: a win by 0.2. Sample 1 against that of 0 and 2, which is 0: a loss.
-    assert (found["win"], found["lose"], found["mean"]) == (0.5, 0.5, pytest.approx((0.2 + 0.0) / 2))
 
 
 def test_another_n_does_not_change_the_best_of_n(trained: Trained, toys: Toys, tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ from ppomax.types import TokenBatch, Work
 # The linear maps that read a layer's input; all others read something that these have made.
 READ_THE_INPUT = {"q_proj", "k_proj", "v_proj", "qkv_proj", "c_attn", "query_key_value"}
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
-# Tokens that cost as much as one padded pass more: on a processor as in the passes over prompts; on a GPU, for
-# one parameter a layer, by arithmetic: the passes through a layer, forward and backward, take 0.45 ms to be started, in
+# Tokens that cost as much as one padded pass more: a processor reads all weights once more for it; on a GPU, for one
+# parameter a layer, by arithmetic: the passes through a layer, forward and backward, take 0.45 ms to be started, in
 # which 300 TFLOP/s do so many times the 6 operations of a token and a parameter.
 CPU_PASS, GPU_PASS = 64, 22_000_000_000
 

@@ -207,13 +207,14 @@ _MEASURES = (
 
 
 def _is_worrying(key: str, before: float, after: float) -> bool:
+    phrase = max(_LIMITS.top_phrase_share, before + _LIMITS.top_phrase_rise)
     tests = {
-        "length": after > 1.8 * before or after < 0.5 * before,
+        "length": after > _LIMITS.length_growth * before or after < _LIMITS.length_shrink * before,
         "truncated": after > min(_LIMITS.truncated_share, before + _LIMITS.truncated_rise),
-        "topic": after < before - 0.10,
-        "distinct2": after < 0.8 * before,
-        "opening": after > max(0.10, before + 0.05),
-        "closing": after > max(0.10, before + 0.05),
+        "topic": after < before - _LIMITS.on_topic_fall,
+        "distinct2": after < _LIMITS.distinct_2_fall * before,
+        "opening": after > phrase,
+        "closing": after > phrase,
         "degenerate": after > 0.01,
     }
     return tests.get(key, False)

@@ -21,16 +21,15 @@ from transformers import (
 )
 
 from ppomax.data.batches import least_padded
-from ppomax.models.flops import work_of
+from ppomax.models.flops import CPU_PASS, work_of
 from ppomax.models.players import Policy
 from ppomax.monitor.clock import Clock
 from ppomax.rollout.cache import forget_columns, keep_rows, preallocated_cache, take_in, without
 
 # Prefilling a few rows reads all weights as decoding a token does, so places are left empty until an eighth is free.
 REFILL = 8
-# Slots of a pass over prompts at most, which bounds its memory, and how many a pass more is worth to save: it reads all
-# weights once.
-PREFILL, PASS = 4096, 64
+# Slots of a pass over prompts at most, which bounds its memory.
+PREFILL = 4096
 # Columns of the cache beyond the longest sequence, by the length limit: how seldom it is moved to the left.
 SPARE = 4
 # Tokens of the vocabulary whose probabilities are summed before one of them is drawn.
@@ -155,7 +154,7 @@ class _Batch:
         lengths = [len(prompt) for prompt in distinct]
         if not self.alive:
             self.column = max(lengths, default=0)
-        passes = least_padded(lengths, budget=PREFILL, overhead=PASS)
+        passes = least_padded(lengths, budget=PREFILL, overhead=CPU_PASS)
         for members in passes:
             self._prefill([distinct[at] for at in members], [rows_of[distinct[at]] for at in members])
         if passes:

@@ -140,7 +140,7 @@ def read(
 ) -> Readings:  # fmt: skip
     """Policy and critic, as they are now, on a rollout. Each process reads its rows, and all know the whole.
 
-    full_kl: the exact KL to the reference, and with `reference` its log-probs, which cost no pass of their own then.
+    full_kl: the exact KL to the reference. reference: its log-probs, which with full_kl cost no pass of their own.
     """
     (B, R), clock = rollout.response_ids_BR.shape, players.clock
     logprobs, entropy, plain, values, exact_kl, theirs = (torch.zeros(B, R) for _ in range(6))
@@ -168,6 +168,11 @@ def read(
             if micro.counts:
                 values[index, :width] = at_responses(values_BT, micro.batch, before=True).cpu()
                 after_B[index] = at_end(values_BT, micro.batch).cpu()
+        if reference and not full_kl:
+            with clock("score/reference", micro.work(players.reference)):
+                theirs_BT = players.reference(micro.batch, temperature=temperature).logprobs_BT
+            if micro.counts:
+                theirs[index, :width] = at_responses(theirs_BT, micro.batch).cpu()
     world.fill(logprobs, entropy, plain, values, exact_kl, *([theirs] if reference else []), after_B)
     return Readings(
         logprobs, TokenStatistics(entropy, plain), values, after_B, exact_kl if full_kl else None,
@@ -185,22 +190,16 @@ def score(
     components, dense_BR = score_texts(players.terms, rollout, texts, clock)
     readers = [t for t in players.terms if isinstance(t.reward, RewardModel) and t.reward.reads_ids]
     read_B = {term.name: torch.zeros(len(rollout)) for term in readers}
-    now = read(players, rollout, plan, temperature=temperature, full_kl=full_kl, reference=full_kl)
-    reference_BR = torch.zeros_like(now.logprobs_BR) if now.reference_BR is None else now.reference_BR
+    now = read(players, rollout, plan, temperature=temperature, full_kl=full_kl, reference=True)
+    assert now.reference_BR is not None
     for micro in (m for group in plan for m in group.micros):
-        index, width = torch.tensor(micro.rows), micro.batch.response_width
-        if now.reference_BR is None:
-            with clock("score/reference", micro.work(players.reference)):
-                logprobs_BT = players.reference(micro.batch, temperature=temperature).logprobs_BT
-            if micro.counts:
-                reference_BR[index, :width] = at_responses(logprobs_BT, micro.batch).cpu()
         for term in readers:
             assert isinstance(term.reward, RewardModel)
             with clock(term.part, micro.work(term.reward.scalar)):
                 score_B = term.reward.score_ids(micro.batch).cpu()
             if micro.counts:
-                read_B[term.name][index] = score_B
-    world.fill(*([reference_BR] if now.reference_BR is None else []), *read_B.values())
+                read_B[term.name][list(micro.rows)] = score_B
+    world.fill(*read_B.values())
     for term in readers:
         assert isinstance(term.reward, RewardModel)
         term.reward.expect_numbers(read_B[term.name])
@@ -209,7 +208,7 @@ def score(
     same = [known.setdefault(pair, b) for b, pair in enumerate(rollout.pairs())]
     components |= {name: score_B[same] for name, score_B in read_B.items()}
     scored = ScoredRollouts(
-        rollout, now.logprobs_BR, reference_BR, now.values_BR, weighted_sum(players.terms, components), components,
+        rollout, now.logprobs_BR, now.reference_BR, now.values_BR, weighted_sum(players.terms, components), components,
         now.bootstrap_B(rollout, bootstrap), dense_BR, now.full_kl_BR,
     )  # fmt: skip
     return scored, now.statistics
