@@ -100,6 +100,43 @@ def test_gradient_goes_only_where_it_is_wanted() -> None:
     assert states.grad is not None and weight.grad is None and bias.grad is None
 
 
+def test_the_last_chunk_is_not_computed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CHUNK_BYTES", 10 * ROW_BYTES)
+    computed: list[slice] = []
+    logits = Unembedded.logits
+
+    def noted(self: Unembedded, rows: slice, temperature: float, room: Tensor) -> Tensor:
+        computed.append(rows)
+        return logits(self, rows, temperature, room)
+
+    monkeypatch.setattr(Unembedded, "logits", noted)
+    states, weight, bias, targets, above = problem()
+    weight.requires_grad_()
+    found = (token_logprobs(states, weight, bias, targets) * above).sum()
+    first, second, third = computed
+    found.backward(retain_graph=True)
+    once = weight.grad.clone()
+    assert computed[3:] == [second, first]
+    found.backward()  # what waited is gone
+    assert computed[5:] == [third, second, first]
+    torch.testing.assert_close(weight.grad - once, once)
+
+
+def test_slopes_wait_only_for_a_backward_pass_that_can_come() -> None:
+    states, weight, _, _, _ = problem()
+    weight.requires_grad_()
+    factors: list[Tensor | None] = []
+
+    def rule(logits_Vn: Tensor, rows: slice, factor_n: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        factors.append(factor_n)
+        return logits_Vn.sum(0), None
+
+    with torch.no_grad():
+        module._chunked(states, weight, None, 1.0, rule)
+    module._chunked(states, weight, None, 1.0, rule)
+    assert [factor is None for factor in factors] == [True, False]
+
+
 def test_gradcheck_in_float32_against_finite_differences() -> None:
     # d logprob / d state = (weight[target] − softmax · weight) / temperature, by central differences of float64.
     states, weight, bias, targets, _ = problem()

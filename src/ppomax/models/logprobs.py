@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Float32 logits held at once.
-CHUNK_BYTES = 100_000_000
+# Float32 logits held at once: for a vocabulary of 49,152 tokens those of 680 states.
+CHUNK_BYTES = 2**27
 # Rows of logits start at multiples of so many numbers, a processor's vector, where they are long enough to gain by it:
 # the product that writes them takes up to half as long again otherwise (docs/performance.md).
 ALIGNED, SHORTEST_ALIGNED = 8, 64
@@ -143,7 +143,7 @@ Rule = Callable[[Tensor, slice, Tensor | None], tuple[Tensor, Tensor | None]]
 
 
 def _chunked(states: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, rule: Rule) -> Tensor:
-    return _Chunked.apply(states, weight, bias, temperature, rule)  # type: ignore[return-value]
+    return _Chunked.apply(states, weight, bias, temperature, rule, torch.is_grad_enabled())  # type: ignore[return-value]
 
 
 class _Chunked(torch.autograd.Function):
@@ -151,26 +151,30 @@ class _Chunked(torch.autograd.Function):
 
     With a frozen unembedding the forward pass, which has the logits at hand, also forms the gradient in the states: it
     is known up to a factor per state, so that one product with the vocabulary replaces two. Where the unembedding is
-    trained, the backward pass computes the logits again.
+    trained, the backward pass computes the logits again, but for the last chunk, whose slopes wait for it in the place
+    of their logits.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, rule: Rule
+        ctx: Any, states: Tensor, weight: Tensor, bias: Tensor | None, temperature: float, rule: Rule, learns: bool
     ) -> Tensor:
-        wants_states, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        wants_states, wants_weight, wants_bias = (learns and wanted for wanted in ctx.needs_input_grad[:3])
         at_once = wants_states and not (wants_weight or wants_bias)
         values = torch.empty(len(states), dtype=torch.float32, device=states.device)
         ones = torch.ones_like(values)
         d_states = torch.empty_like(states) if at_once else None
         of = Unembedded(states, weight, bias)
-        room = of.room()
-        for rows in of.chunks():
+        room, chunks = of.room(), of.chunks()
+        last = chunks[-1] if chunks and (wants_weight or wants_bias) else None
+        slopes = None
+        for rows in chunks:
             logits = of.logits(rows, temperature, room)
-            values[rows], slopes = rule(logits, rows, ones[rows] if at_once else None)
+            values[rows], slopes = rule(logits, rows, ones[rows] if at_once or rows == last else None)
             if d_states is not None and slopes is not None:
                 d_states[rows] = slopes.to(weight.dtype).T @ weight
         ctx.temperature, ctx.rule, ctx.d_states = temperature, rule, d_states
+        ctx.slopes_of_last = None if last is None else slopes
         ctx.save_for_backward(*(() if at_once else (states, weight, bias)))
         return values
 
@@ -178,31 +182,32 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         gradient = gradients[0] / ctx.temperature
         if ctx.d_states is not None:
-            return (ctx.d_states * gradient[:, None]).to(ctx.d_states.dtype), None, None, None, None
+            return (ctx.d_states * gradient[:, None]).to(ctx.d_states.dtype), None, None, None, None, None
         states, weight, bias = ctx.saved_tensors
         wants_states, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         d_states = torch.empty_like(states) if wants_states else None
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        d_weight = None
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias else None
         of = Unembedded(states, weight, bias)
-        room = of.room()
-        for rows in of.chunks():
-            logits = of.logits(rows, ctx.temperature, room)
-            _, slopes = ctx.rule(logits, rows, gradient[rows])
+        # The slopes that waited are overwritten: whoever asks for gradients once more has them computed like the others.
+        slopes, ctx.slopes_of_last, room = ctx.slopes_of_last, None, None
+        for rows in reversed(of.chunks()):
+            if slopes is None:
+                room = of.room() if room is None else room
+                _, slopes = ctx.rule(of.logits(rows, ctx.temperature, room), rows, gradient[rows])
+            else:
+                slopes.mul_(gradient[rows])
             if d_bias is not None:
                 d_bias += slopes.sum(1)
             slopes = slopes.to(weight.dtype)
             if d_states is not None:
                 d_states[rows] = slopes.T @ weight
-            if d_weight is not None:
-                _add_product(d_weight, slopes, states[rows])
-        return (
-            d_states,
-            None if d_weight is None else d_weight.to(weight.dtype),
-            None if d_bias is None else d_bias.to(bias.dtype),
-            None,
-            None,
-        )
+            if wants_weight:
+                d_weight = _plus_product(d_weight, slopes, states[rows])
+            slopes = None
+        if wants_weight:
+            d_weight = torch.zeros_like(weight) if d_weight is None else d_weight.to(weight.dtype)
+        return d_states, d_weight, None if d_bias is None else d_bias.to(bias.dtype), None, None, None
 
 
 def _log_softmax(logits_Vn: Tensor, target_1n: Tensor, *, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -212,12 +217,13 @@ def _log_softmax(logits_Vn: Tensor, target_1n: Tensor, *, out: Tensor) -> tuple[
     return chosen - largest - total.log(), largest, total
 
 
-def _add_product(sum_VH: Tensor, slopes_Vn: Tensor, states_nH: Tensor) -> None:
-    """Add slopes · states to a float32 sum, without a product of its own where the types allow it."""
+def _plus_product(sum_VH: Tensor | None, slopes_Vn: Tensor, states_nH: Tensor) -> Tensor:
+    """A float32 sum plus slopes · states, without a product of its own where the types allow it."""
+    if sum_VH is None:
+        return (slopes_Vn @ states_nH).float()
     if slopes_Vn.dtype == sum_VH.dtype:
-        torch.addmm(sum_VH, slopes_Vn, states_nH, out=sum_VH)
-    else:
-        sum_VH += slopes_Vn @ states_nH
+        return torch.addmm(sum_VH, slopes_Vn, states_nH, out=sum_VH)
+    return sum_VH.add_(slopes_Vn @ states_nH)
 
 
 def _view(room: Tensor, weight_VH: Tensor, rows: slice) -> Tensor:
