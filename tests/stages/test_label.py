@@ -91,6 +91,49 @@ def test_the_same_seed_gives_the_same_file_whatever_is_decoded_side_by_side(
     assert labelled(tmp_path / "c.jsonl", trained, toys, seed=1) != first
 
 
+def test_who_is_interrupted_goes_on_after_the_last_piece(
+    trained: Trained, toys: Toys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage, "PIECE", 20)  # three pieces of 45 prompts
+    labelled(tmp_path / "whole.jsonl", trained, toys)
+    out, kept, asked, collect = tmp_path / "pairs.jsonl", tmp_path / "pairs.answers.json", [], stage.collect
+
+    def interrupted(*given: Any, **options: Any) -> Any:
+        asked.append(given[3])
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return collect(*given, **options)
+
+    monkeypatch.setattr(stage, "collect", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        labelled(out, trained, toys)
+    assert not out.exists()
+    labelled(out, trained, toys)
+    assert asked == [range(20), range(20, 40), range(20, 40), range(40, 45)]
+    assert not kept.exists()
+    for ending in ("jsonl", "json"):
+        assert (tmp_path / f"pairs.{ending}").read_bytes() == (tmp_path / f"whole.{ending}").read_bytes()
+    # A judge that fails late keeps the answers.
+    with pytest.raises(ZeroDivisionError):
+        labelled(out, trained, toys, lambda p, r, **_: [0.0] * len(r) if len(r) < 9 else [1 / 0])
+    del asked[:]
+    labelled(out, trained, toys)
+    assert asked == []
+
+
+@pytest.mark.parametrize("other", [{"seed": 1}, {"samples": 3}, {"sampling": SamplingConfig(max_new_tokens=9)}, None])
+def test_kept_answers_to_other_work_are_not_taken(
+    trained: Trained, toys: Toys, tmp_path: Path, other: dict[str, Any] | None
+) -> None:
+    expected = labelled(tmp_path / "fresh.jsonl", trained, toys, **other or {})
+    with pytest.raises(ZeroDivisionError):  # by a judge that fails when all answers are there
+        labelled(tmp_path / "pairs.jsonl", trained, toys, lambda p, r, **_: [0.0] * len(r) if len(r) < 9 else [1 / 0])
+    kept = tmp_path / "pairs.answers.json"
+    if other is None:
+        kept.write_text(kept.read_text()[:-9])
+    assert labelled(tmp_path / "pairs.jsonl", trained, toys, **other or {}) == expected
+
+
 def test_trap_24_ties_and_empty_losers_make_no_pair(trained: Trained, toys: Toys, tmp_path: Path) -> None:
     def by_place(prompts: Sequence[Any], responses: Sequence[str], **columns: Any) -> list[float]:
         return [float(i % 3) for i in range(len(responses))]

@@ -43,7 +43,8 @@ nonfinite/       the batch whose gradients were no numbers, where that ended the
 final/           the trained model in Hugging Face layout; load it with transformers, vLLM or anything that reads it
 critic/          the critic, and
 last/            the policy as it was trained last, where final/ is its moving average (ppo); both as final/ is
-pairs.jsonl      answers that the judge ordered, counted in pairs.json (quickstart)
+pairs.jsonl      answers that the judge ordered, counted in pairs.json (quickstart); until it is there,
+                 those sampled so far are in pairs.answers.json
 sft/ reward/ ... a directory like this one for each stage, whose times are in stage_seconds.json (quickstart)
 report.html      plots and samples in one page; open it in a browser
 summary.json     the result in a few numbers; only a run that is complete has it

@@ -189,7 +189,7 @@ class _Chunked(torch.autograd.Function):
         d_weight = None
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if wants_bias else None
         of = Unembedded(states, weight, bias)
-        # The slopes that waited are overwritten: whoever asks for gradients once more has them computed like the others.
+        # The slopes that waited are overwritten; for who asks for gradients again they are computed like the others.
         slopes, ctx.slopes_of_last, room = ctx.slopes_of_last, None, None
         for rows in reversed(of.chunks()):
             if slopes is None:

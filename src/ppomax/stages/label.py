@@ -16,11 +16,22 @@ from ppomax.models.players import Policy
 from ppomax.monitor.progress import progress
 from ppomax.rewards.callables import RewardFunction, judged, try_judge
 from ppomax.rollout.collect import collect, response_texts
-from ppomax.stages.inputs import compute_of, context_limit, expect_native, fitted_prompts, sampling_of
+from ppomax.stages.inputs import (
+    PromptRows,
+    compute_of,
+    context_limit,
+    expect_native,
+    fingerprint,
+    fitted_prompts,
+    sampling_of,
+    weights_hash,
+)
 from ppomax.stages.spoilt import spoilt
 from ppomax.types import SetupError
 
 RANDOM_PURPOSE = 1_000_002
+# Prompts whose answers are sampled, and written down, together: an interruption costs no more than these.
+PIECE = 128
 
 
 def label(
@@ -30,6 +41,7 @@ def label(
 ) -> dict[str, Any]:  # fmt: skip
     """Write `out`: all pairs of answers to a prompt whose judge scores differ by more than `tie`. Returns counts.
 
+    Answers are kept beside it, piece by piece, until it is written: who was interrupted goes on from there.
     loop_every, stray_every: for one prompt in so many, the best answer made worse is one more answer: with its last
     words said again (every other time of something else), and with another prompt's words in the place of its own
     prompt's (stages/spoilt.py).
@@ -41,20 +53,13 @@ def label(
     expect_native(sampling)
     tokenizer = load_tokenizer(policy, compute.chat_template)
     read = fitted_prompts(tokenizer, prompts, 512)
-    rows, ids = read.prompts, read.ids
-    try_judge(judge, rows, name="judge")
-    model = Policy(load_causal_lm(policy, compute_of(compute)), train_layers=None, trained=False)
-    context_limit(model.model, max(map(len, ids)) + sampling.max_new_tokens, "longest prompt + response")
-    with progress("label", len(rows) * samples, unit="responses") as advance:
-        rollout = collect(
-            model, rows, ids, range(len(rows)), samples=samples, iteration=RANDOM_PURPOSE, seed=seed,
-            how=sampling_of(sampling, model, tokenizer), progress=advance,
-        )  # fmt: skip
-    texts = response_texts(tokenizer, rollout)
-    scores = judged(judge, rollout.prompts, texts, name="judge")
+    asked = read.prompts
+    try_judge(judge, asked, name="judge")
+    kept = out.with_suffix(".answers.json")
+    texts = _answers(policy, tokenizer, read, kept, samples=samples, sampling=sampling, compute=compute, seed=seed)
+    scores = judged(judge, [prompt for prompt in asked for _ in range(samples)], texts, name="judge")
     answers = list(zip(scores, texts, strict=True))
     groups = [answers[first : first + samples] for first in range(0, len(answers), samples)]
-    asked = rollout.prompts[::samples]
     best = [max(group, key=lambda answer: answer[0])[1] for group in groups]
     made = spoilt([p.messages[-1]["content"] for p in asked], best, loop_every=loop_every, stray_every=stray_every)
     if made:
@@ -72,7 +77,7 @@ def label(
                 })  # fmt: skip
     write_text_atomic(out, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
     counts = {
-        "prompts": len(rows),
+        "prompts": len(asked),
         "responses": len(texts) + len(made),
         "pairs": len(lines),
         "ties": ties,
@@ -80,4 +85,36 @@ def label(
         "read": str(read),
     }
     write_json_atomic(out.with_suffix(".json"), counts)
+    kept.unlink()
     return counts
+
+
+def _answers(
+    policy: str, tokenizer: Any, read: PromptRows, kept: Path, *,
+    samples: int, sampling: SamplingConfig, compute: ModelConfig, seed: int,
+) -> list[str]:  # fmt: skip
+    """`samples` answers to every prompt, in the prompts' order; those of the same work that `kept` has are taken."""
+    where = compute_of(compute)
+    settings = weights_hash(policy), samples, sampling, compute, where, seed, PIECE
+    work = fingerprint(((ids, None) for ids in read.ids), [((), settings)])
+    texts = _kept_texts(kept, work)
+    model = Policy(load_causal_lm(policy, where), train_layers=None, trained=False)
+    context_limit(model.model, max(map(len, read.ids)) + sampling.max_new_tokens, "longest prompt + response")
+    how, count = sampling_of(sampling, model, tokenizer), len(read.ids)
+    with progress("label", count * samples, done=len(texts), unit="responses") as advance:
+        for start in range(len(texts) // samples, count, PIECE):
+            rollout = collect(
+                model, read.prompts, read.ids, range(start, min(start + PIECE, count)), samples=samples,
+                iteration=RANDOM_PURPOSE, seed=seed, how=how, progress=advance,
+            )  # fmt: skip
+            texts += response_texts(tokenizer, rollout)
+            write_json_atomic(kept, {"work": work, "texts": texts})
+    return texts
+
+
+def _kept_texts(kept: Path, work: str) -> list[str]:
+    try:
+        found = json.loads(kept.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return []
+    return found["texts"] if isinstance(found, dict) and found.get("work") == work else []

@@ -156,13 +156,23 @@ def activations(role: Role, config: PlanConfig, machine: Machine) -> float:
 
 
 def vocabulary_working(role: Role, config: PlanConfig, machine: Machine, *, trains: bool) -> float:
-    """Bytes for one chunk of float32 logits and its logsumexp, and for the gradient of a trained unembedding."""
+    """Bytes for chunks of float32 logits, and for the gradient of a trained unembedding."""
     if role.scalar:
         return 0.0
     V, tokens = role.shape.vocabulary, microbatch(config, machine).responses
-    chunk = 2 * FLOAT32 * _chunk(V, tokens)
+    chunks = (_chunks_of_the_loss(config) if trains else 2) * FLOAT32 * _chunk(V, tokens)
     frozen = config.compute.train_layers is not None or config.compute.lora_rank is not None
-    return chunk + (0.0 if frozen or not trains else V * role.shape.hidden * (FLOAT32 + machine.compute))
+    return chunks + (0.0 if frozen or not trains else V * role.shape.hidden * (FLOAT32 + machine.compute))
+
+
+def _chunks_of_the_loss(config: PlanConfig) -> int:
+    """Chunks in memory at once: one that is computed, a copy of it, and what waits for the backward pass.
+
+    An exact KL has the reference's chunk beside its own.
+    """
+    entropy = config.objective.entropy_weight is not None
+    kl = config.kl.place == "loss" and config.kl.estimator == "full"
+    return 2 + 2 * (entropy or kl) + (entropy and kl)
 
 
 def _chunk(vocabulary: int, tokens: float) -> float:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ppomax.config.plan import PlanConfig
+from ppomax.models.logprobs import chunk_rows
 from ppomax.models.shapes import Shape
-from ppomax.stages.plan_memory import Machine, Role, rows_decoded
+from ppomax.stages.plan_memory import Machine, Role, microbatch, rows_decoded
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,9 @@ def flops(roles: Sequence[Role], config: PlanConfig, machine: Machine) -> dict[s
     score = sum(_forward(role, read, config) for role in roles)
     again = sum(_forward(role, read, config) for role in roles if role.trained) * (config.buffer - 1)
     trunk = _stack(policy, _frozen_layers(policy, config), read.tokens, read.pairs)
-    train = config.epochs * config.buffer * sum(_update(role, read, config) for role in roles if role.trained)
+    train = config.epochs * config.buffer * sum(_update(role, read, config, machine) for role in roles if role.trained)
     if config.ptx_weight is not None:
-        train += config.epochs * config.buffer * _ptx(roles[0], read, config)
+        train += config.epochs * config.buffer * _ptx(roles[0], read, config, machine)
     return {
         "generate": prefill + steps + policy.layers * _attention(policy) * seen,
         "score": score + again + trunk * config.buffer,
@@ -113,17 +114,24 @@ def _times(config: PlanConfig) -> int:
     return (2 if config.compute.lora_rank is not None else 3) + int(config.compute.gradient_checkpointing)
 
 
-def _vocabulary_times(config: PlanConfig) -> int:
-    """A trained unembedding: logits, logits again, two gradients. A frozen one: logits and one gradient."""
-    return 2 if config.compute.lora_rank is not None or config.compute.train_layers is not None else 4
+def _vocabulary_times(policy: Shape, config: PlanConfig, machine: Machine) -> float:
+    """A trained unembedding: logits, two gradients, logits again but for a microbatch's last chunk.
+
+    A frozen one: logits and one gradient.
+    """
+    if config.compute.lora_rank is not None or config.compute.train_layers is not None:
+        return 2
+    return 4 - 1 / math.ceil(microbatch(config, machine).responses / chunk_rows(policy.vocabulary))
 
 
-def _update(role: Role, read: Work, config: PlanConfig) -> float:
-    vocabulary = 0.0 if role.scalar else _vocabulary_times(config) * _unembedding(role.shape, read.responses)
-    return _times(config) * _upper(role, read, config) + vocabulary
+def _update(role: Role, read: Work, config: PlanConfig, machine: Machine) -> float:
+    layers = _times(config) * _upper(role, read, config)
+    if role.scalar:
+        return layers
+    return layers + _vocabulary_times(role.shape, config, machine) * _unembedding(role.shape, read.responses)
 
 
-def _ptx(policy: Role, read: Work, config: PlanConfig) -> float:
+def _ptx(policy: Role, read: Work, config: PlanConfig, machine: Machine) -> float:
     """The LM loss on `ptx_batch` dialogues a step, taken to be as long as prompt and response."""
     steps = config.rollout_batch // config.minibatch
     rows = steps * (config.ptx_batch or config.minibatch)
@@ -131,4 +139,5 @@ def _ptx(policy: Role, read: Work, config: PlanConfig) -> float:
     tokens, pairs = rows * length, rows * length**2 / 2
     lower = _stack(policy.shape, _frozen_layers(policy.shape, config), tokens, pairs)
     upper = _stack(policy.shape, policy.shape.layers - _frozen_layers(policy.shape, config), tokens, pairs)
-    return lower + _times(config) * upper + _vocabulary_times(config) * _unembedding(policy.shape, tokens)
+    vocabulary = _vocabulary_times(policy.shape, config, machine) * _unembedding(policy.shape, tokens)
+    return lower + _times(config) * upper + vocabulary
