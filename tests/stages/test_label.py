@@ -91,6 +91,11 @@ def test_the_same_seed_gives_the_same_file_whatever_is_decoded_side_by_side(
     assert labelled(tmp_path / "c.jsonl", trained, toys, seed=1) != first
 
 
+def fails_late(prompts: Sequence[Any], responses: Sequence[str], **columns: Any) -> list[float]:
+    """A judge that is well while it is tried, and fails when all answers are there."""
+    return [0.0] * len(responses) if len(responses) < 9 else [1 / 0]
+
+
 def test_who_is_interrupted_goes_on_after_the_last_piece(
     trained: Trained, toys: Toys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,7 +120,7 @@ def test_who_is_interrupted_goes_on_after_the_last_piece(
         assert (tmp_path / f"pairs.{ending}").read_bytes() == (tmp_path / f"whole.{ending}").read_bytes()
     # A judge that fails late keeps the answers.
     with pytest.raises(ZeroDivisionError):
-        labelled(out, trained, toys, lambda p, r, **_: [0.0] * len(r) if len(r) < 9 else [1 / 0])
+        labelled(out, trained, toys, fails_late)
     del asked[:]
     labelled(out, trained, toys)
     assert asked == []
@@ -126,8 +131,8 @@ def test_kept_answers_to_other_work_are_not_taken(
     trained: Trained, toys: Toys, tmp_path: Path, other: dict[str, Any] | None
 ) -> None:
     expected = labelled(tmp_path / "fresh.jsonl", trained, toys, **other or {})
-    with pytest.raises(ZeroDivisionError):  # by a judge that fails when all answers are there
-        labelled(tmp_path / "pairs.jsonl", trained, toys, lambda p, r, **_: [0.0] * len(r) if len(r) < 9 else [1 / 0])
+    with pytest.raises(ZeroDivisionError):
+        labelled(tmp_path / "pairs.jsonl", trained, toys, fails_late)
     kept = tmp_path / "pairs.answers.json"
     if other is None:
         kept.write_text(kept.read_text()[:-9])

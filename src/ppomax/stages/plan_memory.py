@@ -161,8 +161,13 @@ def vocabulary_working(role: Role, config: PlanConfig, machine: Machine, *, trai
         return 0.0
     V, tokens = role.shape.vocabulary, microbatch(config, machine).responses
     chunks = (_chunks_of_the_loss(config) if trains else 2) * FLOAT32 * _chunk(V, tokens)
-    frozen = config.compute.train_layers is not None or config.compute.lora_rank is not None
-    return chunks + (0.0 if frozen or not trains else V * role.shape.hidden * (FLOAT32 + machine.compute))
+    gradient = 0.0 if trains_a_part(config) or not trains else V * role.shape.hidden * (FLOAT32 + machine.compute)
+    return chunks + gradient
+
+
+def trains_a_part(config: PlanConfig) -> bool:
+    """Upper layers or adapters alone: the unembedding and whatever else is frozen are shared."""
+    return config.compute.train_layers is not None or config.compute.lora_rank is not None
 
 
 def _chunks_of_the_loss(config: PlanConfig) -> int:
@@ -245,8 +250,7 @@ class Bytes:
 def stays_whole(role: Role, config: PlanConfig) -> bool:
     """Whether zero3 leaves a player's frozen parameters undivided: those that it has in common with others (adapters,
     upper layers), and a reference whose whole distribution is read."""
-    shares = config.compute.train_layers is not None or config.compute.lora_rank is not None
-    return shares or (role.name == "reference" and config.kl.estimator == "full")
+    return trains_a_part(config) or (role.name == "reference" and config.kl.estimator == "full")
 
 
 def player_bytes(role: Role, config: PlanConfig, machine: Machine, shard: str) -> Bytes:

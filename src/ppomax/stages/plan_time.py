@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ppomax.config.plan import PlanConfig
 from ppomax.models.logprobs import chunk_rows
 from ppomax.models.shapes import Shape
-from ppomax.stages.plan_memory import Machine, Role, microbatch, rows_decoded
+from ppomax.stages.plan_memory import Machine, Role, microbatch, rows_decoded, trains_a_part
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def _vocabulary_times(policy: Shape, config: PlanConfig, machine: Machine) -> fl
 
     A frozen one: logits and one gradient.
     """
-    if config.compute.lora_rank is not None or config.compute.train_layers is not None:
+    if trains_a_part(config):
         return 2
     return 4 - 1 / math.ceil(microbatch(config, machine).responses / chunk_rows(policy.vocabulary))
 
