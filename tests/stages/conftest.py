@@ -6,17 +6,19 @@ import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from ppomax.config import PPOConfig
+from ppomax.config import EvaluateConfig, PPOConfig, SamplingConfig
 from ppomax.stages.ppo import ppo
 from ppomax.stages.reward import reward
 from ppomax.stages.sft import sft
 from stages.drawing import each_kind_once
 from stages.processes import Command
 from stages.toy import (
+    FLOAT32,
     TOP_LAYER,
     dialogue_rows,
     pair_rows,
@@ -113,3 +115,13 @@ def command(tmp_path: Path) -> Iterator[type[Command]]:
     """`ppomax VERB ...` in processes of their own, none of which outlives the test."""
     yield Command
     Command.end_all()
+
+
+def evaluate_config(run_dir: Path, policy: str, trained: Trained, toys: Toys, **changes: Any) -> EvaluateConfig:
+    """Of a policy with the supervised model, by two judges and the reward model."""
+    settings: dict[str, Any] = {
+        "baseline": trained.sft, "reward": trained.reward, "judge": ("stages.toy:share_of_e", "stages.toy:length_reward"),
+        "samples_per_prompt": 2, "best_of": (4, 16), "sampling": SamplingConfig(max_new_tokens=10),
+        "compute": FLOAT32,
+    }  # fmt: skip
+    return EvaluateConfig(run_dir=run_dir, policy=policy, prompts=(toys.prompts,), **{**settings, **changes})

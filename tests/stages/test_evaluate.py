@@ -6,9 +6,7 @@ import itertools
 import json
 import math
 import random
-import resource
 import shutil
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,22 +15,20 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from ppomax.cli import main
 from ppomax.config import EvaluateConfig, KLConfig, SamplingConfig
 from ppomax.data.chat import render_prompt
 from ppomax.data.readers import read_prompts
-from ppomax.errors import SaveError
 from ppomax.models.load import load_causal_lm, load_tokenizer
 from ppomax.models.players import Policy
 from ppomax.rewards.model import RewardModel
+from ppomax.rollout.collect import collect, response_texts
 from ppomax.stages import evaluate as stage
-from ppomax.stages.evaluate import _answer, evaluate
-from ppomax.stages.inputs import compute_of, fitted_prompts
+from ppomax.stages.evaluate import RANDOM_PURPOSE, evaluate
+from ppomax.stages.inputs import compute_of, fitted_prompts, sampling_of
 from ppomax.stages.ppo import ppo
 from ppomax.types import DataError, SetupError
 from stages import toy
-from stages.conftest import Toys, Trained
-from stages.processes import Command
+from stages.conftest import Toys, Trained, evaluate_config
 from stages.toy import FLOAT32, LONGER, file_hashes, ppo_config
 
 
@@ -44,15 +40,6 @@ def improved(trained: Trained, toys: Toys, tmp_path_factory: pytest.TempPathFact
     return str(run_dir / "final")
 
 
-def config_of(run_dir: Path, policy: str, trained: Trained, toys: Toys, **changes: Any) -> EvaluateConfig:
-    settings: dict[str, Any] = {
-        "baseline": trained.sft, "reward": trained.reward, "judge": ("stages.toy:share_of_e", "stages.toy:length_reward"),
-        "samples_per_prompt": 2, "best_of": (4, 16), "sampling": SamplingConfig(max_new_tokens=10),
-        "compute": FLOAT32,
-    }  # fmt: skip
-    return EvaluateConfig(run_dir=run_dir, policy=policy, prompts=(toys.prompts,), **{**settings, **changes})
-
-
 def rows_of(config: EvaluateConfig) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (config.run_dir / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
 
@@ -61,7 +48,7 @@ def rows_of(config: EvaluateConfig) -> list[dict[str, Any]]:
 def compared(
     improved: str, trained: Trained, toys: Toys, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[EvaluateConfig, dict[str, Any]]:
-    config = config_of(tmp_path_factory.mktemp("evaluate") / "run", improved, trained, toys)
+    config = evaluate_config(tmp_path_factory.mktemp("evaluate") / "run", improved, trained, toys)
     return config, evaluate(config)
 
 
@@ -102,17 +89,20 @@ def test_trap_25_and_26_perplexity_and_kl_are_those_of_plain_transformers(
     """Sampled tokens estimate the KL of the distribution that they come from; warped ones that of no model."""
     plain = {"top_p": None, "repetition_penalty": None}
     sampling = SamplingConfig(max_new_tokens=10, temperature=0.5, **{**plain, **warp})
-    config = config_of(tmp_path / "run", improved, trained, toys, sampling=sampling, best_of=())
+    config = evaluate_config(tmp_path / "run", improved, trained, toys, sampling=sampling, best_of=())
     summary = evaluate(config)
     tokenizer = load_tokenizer(improved)
     policy = Policy(load_causal_lm(improved, compute_of(FLOAT32)), train_layers=None, trained=False)
     read = fitted_prompts(tokenizer, [toys.prompts], 512)
     prompts, ids = read.prompts, read.ids
-    answers = _answer(policy, tokenizer, prompts, ids, 2, config, lambda n: None)
-    assert [row["after"] for row in rows_of(config)] == answers.texts
+    how = sampling_of(sampling, policy, tokenizer)
+    answers = collect(
+        policy, prompts, ids, range(len(prompts)), samples=2, iteration=RANDOM_PURPOSE, seed=config.seed, how=how
+    )
+    assert [row["after"] for row in rows_of(config)] == response_texts(tokenizer, answers)
     plain, baseline = (AutoModelForCausalLM.from_pretrained(name) for name in (improved, trained.sft))
     nll = kl = 0.0
-    for prompt, response in zip(answers.rollout.prompt_ids, answers.rollout.responses(), strict=True):
+    for prompt, response in zip(answers.prompt_ids, answers.responses(), strict=True):
         with torch.no_grad():
             logits = [
                 m(torch.tensor([[*prompt, *response]])).logits[0, len(prompt) - 1 : -1] for m in (plain, baseline)
@@ -122,7 +112,7 @@ def test_trap_25_and_26_perplexity_and_kl_are_those_of_plain_transformers(
         a, b = ((x / 0.5).log_softmax(-1) for x in logits)  # the one sampled at
         kl += float((a.exp() * (a - b)).sum() if warp else (a - b).gather(1, index).sum())
     assert summary["kl_estimator"] == ("full" if warp else "k1")
-    tokens = sum(map(len, answers.rollout.responses()))
+    tokens = sum(map(len, answers.responses()))
     assert summary["perplexity_after"] == pytest.approx(math.exp(nll / tokens), rel=1e-4)
     assert summary["kl_per_sequence"] == pytest.approx(kl / 90, rel=1e-4)
     assert summary["kl_per_token"] == pytest.approx(kl / tokens, rel=1e-4)
@@ -158,7 +148,7 @@ def test_rewards_agree_with_plain_transformers_and_best_of_n_takes_the_highest(
 
 
 def test_a_model_against_itself_ties_in_everything(trained: Trained, toys: Toys, tmp_path: Path) -> None:
-    config = config_of(tmp_path / "run", trained.sft, trained, toys)
+    config = evaluate_config(tmp_path / "run", trained.sft, trained, toys)
     summary = evaluate(config)
     assert (summary["gold"]["tie"], summary["gold"]["win_rate"]) == (1.0, 0.5)
     assert summary["reward"]["tie"] == 1.0
@@ -178,7 +168,7 @@ def test_an_answer_that_both_give_ties_whatever_rounding_makes_of_its_scores(
         return [score + 1e-6 * random.random() for score in read(*args, **kwargs)]
 
     monkeypatch.setattr(RewardModel, "score_rows", rounded)
-    found = evaluate(config_of(tmp_path / "run", trained.sft, trained, toys))["reward"]
+    found = evaluate(evaluate_config(tmp_path / "run", trained.sft, trained, toys))["reward"]
     assert (found["win"], found["tie"], found["lose"]) == (0.0, 1.0, 0.0)
 
 
@@ -209,7 +199,7 @@ def test_a_comparison_that_nothing_decides_is_refused(
     changes: dict[str, Any], message: str, trained: Trained, toys: Toys, tmp_path: Path
 ) -> None:
     with pytest.raises(SetupError, match=message):
-        evaluate(config_of(tmp_path / "run", trained.sft, trained, toys, **changes))
+        evaluate(evaluate_config(tmp_path / "run", trained.sft, trained, toys, **changes))
 
 
 def test_two_judges_of_one_name_both_count(trained: Trained, toys: Toys, tmp_path: Path) -> None:
@@ -219,7 +209,7 @@ def test_two_judges_of_one_name_both_count(trained: Trained, toys: Toys, tmp_pat
     sys.path.insert(0, str(tmp_path))
     try:
         judges = ("stages.toy:share_of_e", "other_judges:share_of_e")
-        found = evaluate(config_of(tmp_path / "run", trained.sft, trained, toys, judge=judges, max_prompts=3))
+        found = evaluate(evaluate_config(tmp_path / "run", trained.sft, trained, toys, judge=judges, max_prompts=3))
     finally:
         sys.path.remove(str(tmp_path))
     assert tuple(found["judges"]) == judges and found["gold"] == found["judges"][judges[0]]
@@ -239,7 +229,7 @@ def test_answers_outlive_a_judge_that_fails(
         return [0.0] * len(responses)
 
     monkeypatch.setattr(toy, "share_of_e", judge)
-    config = config_of(tmp_path / "run", trained.sft, trained, toys, max_prompts=3, best_of=())
+    config = evaluate_config(tmp_path / "run", trained.sft, trained, toys, max_prompts=3, best_of=())
     with pytest.raises(OSError, match="no answer"):
         evaluate(config)
     rows = rows_of(config)
@@ -262,9 +252,9 @@ def test_a_judge_that_gives_no_scores_is_found_before_anything_is_sampled(
     judge: Any, message: str, trained: Trained, toys: Toys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(toy, "share_of_e", judge)
-    monkeypatch.setattr(stage, "collect", None)
+    monkeypatch.setattr(stage, "Kept", None)
     with pytest.raises((DataError, SetupError), match=message):
-        evaluate(config_of(tmp_path / "run", trained.sft, trained, toys))
+        evaluate(evaluate_config(tmp_path / "run", trained.sft, trained, toys))
     assert not (tmp_path / "run").exists()
 
 
@@ -280,28 +270,10 @@ def test_a_reward_model_that_cannot_read_the_prompts_is_found_before_anything_is
     prompts = tmp_path / "prompts.jsonl"
     asked = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "apple?"}]
     prompts.write_text('{"prompt": "river?"}\n' + json.dumps({"prompt": asked}) + "\n", encoding="utf-8")
-    monkeypatch.setattr(stage, "collect", None)
-    config = config_of(tmp_path / "run", trained.sft, trained, toys, reward=str(other))
+    monkeypatch.setattr(stage, "Kept", None)
+    config = evaluate_config(tmp_path / "run", trained.sft, trained, toys, reward=str(other))
     with pytest.raises(SetupError, match="no system"):
         evaluate(config.model_copy(update={"prompts": (str(prompts),)}))
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_stopped_by_a_signal_it_says_that_nothing_is_kept(
-    number: signal.Signals, code: int, trained: Trained, toys: Toys, command: type[Command], tmp_path: Path
-) -> None:
-    words = [
-        "evaluate", "--run-dir", str(tmp_path / "run"), "--policy", trained.sft, "--baseline", trained.sft,
-        "--reward", "None", "--prompts", toys.prompts, "--max-prompts", "1", "--sampling.max-new-tokens", "4",
-        "--judge", "stages.toy:slow_reward",
-    ]  # fmt: skip
-    running = command(words, tmp_path / "log")
-    running.wait_for(lambda: "thinking" in running.said())
-    assert running.stop(number) == code
-    said = " ".join(running.said().split())
-    assert said.endswith("stopped at once; nothing is kept. To do it again: the same command")
-    assert "Traceback" not in said
-    assert main([*words[:-1], "stages.toy:share_of_e", "--fresh"]) == 0
 
 
 @pytest.mark.parametrize(("best_of", "answers"), [((), 2 + 2), ((5,), 6 + 2)])
@@ -322,7 +294,7 @@ def test_every_answer_is_judged_and_scored_once(
     monkeypatch.setattr(toy, "share_of_e", judge)
     monkeypatch.setattr(RewardModel, "score_rows", score)
     changes = {"judge": ("stages.toy:share_of_e",), "best_of": best_of, "max_prompts": 2}
-    found = evaluate(config_of(tmp_path / "run", trained.sft, trained, toys, **changes))
+    found = evaluate(evaluate_config(tmp_path / "run", trained.sft, trained, toys, **changes))
     del judged[:2]  # two answers by which the judge was tried
     assert len(judged) == len(scored) == found["prompts"] * answers > 0
     assert found["reward_model"]["share_of_e"].keys() == {"accuracy", "correlation"}
@@ -331,7 +303,9 @@ def test_every_answer_is_judged_and_scored_once(
 def test_another_n_does_not_change_the_best_of_n(trained: Trained, toys: Toys, tmp_path: Path) -> None:
     changes = {"judge": ("stages.toy:share_of_e",), "max_prompts": 8}
     alone, beside = (
-        evaluate(config_of(tmp_path / name, trained.sft, trained, toys, best_of=best_of, **changes))["best_of"]["2"]
+        evaluate(evaluate_config(tmp_path / name, trained.sft, trained, toys, best_of=best_of, **changes))["best_of"][
+            "2"
+        ]
         for name, best_of in (("alone", (2,)), ("beside", (2, 7)))
     )
     assert alone == beside
@@ -341,30 +315,40 @@ def test_another_n_does_not_change_the_best_of_n(trained: Trained, toys: Toys, t
 def test_samples_are_shown_as_text_and_not_as_markdown(trained: Trained, toys: Toys, tmp_path: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(json.dumps({"prompt": "a | b\\c\n<b>d</b> ![e](f)"}) + "\n", encoding="utf-8")
-    config = config_of(tmp_path / "run", trained.sft, trained, toys, best_of=(), samples_per_prompt=1)
+    config = evaluate_config(tmp_path / "run", trained.sft, trained, toys, best_of=(), samples_per_prompt=1)
     evaluate(config.model_copy(update={"prompts": (str(prompts),)}))
     shown = (config.run_dir / "samples.md").read_text(encoding="utf-8").splitlines()[2]
     assert shown.startswith(r"| a \| b\\c \<b>d\</b> !\[e](f) | ")
 
 
-def test_a_full_disk_is_named(trained: Trained, toys: Toys, tmp_path: Path) -> None:
-    config = config_of(tmp_path / "run", trained.sft, trained, toys, best_of=(), reward=None)
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
-    try:
-        with pytest.raises(SaveError, match=r"samples\.jsonl: cannot save"):
-            evaluate(config)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+def test_the_limit_of_prompts_is_per_source(trained: Trained, toys: Toys, tmp_path: Path) -> None:
+    config = evaluate_config(tmp_path / "run", trained.sft, trained, toys, max_prompts=2, reward=None, best_of=())
+    summary = evaluate(config)
+    assert summary["prompts"] == 4
+    assert [row["source"] for row in rows_of(config)] == ["even", "even", "odd", "odd"] * 2
+    assert "reward" not in summary
+    assert "reward_model" not in summary
 
 
-def test_a_disk_that_is_nearly_full_is_found_before_anything_is_sampled(
-    trained: Trained, toys: Toys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(stage, "free_bytes", lambda path: 1_500_000)
-    monkeypatch.setattr(stage, "collect", None)
-    with pytest.raises(SetupError, match=r"run: found 1.5 MB free, expected 2\.\d+ MB for [\d,]+ answers and a report"):
-        evaluate(config_of(tmp_path / "run", trained.sft, trained, toys, best_of=(), reward=None))
+def test_models_of_different_vocabularies_are_not_compared(trained: Trained, toys: Toys, tmp_path: Path) -> None:
+    other = toy.other_vocabulary(tmp_path / "other")
+    with pytest.raises(SetupError, match=rf"baseline {other}: found another vocabulary than that of the policy"):
+        evaluate(evaluate_config(tmp_path / "run", trained.sft, trained, toys, baseline=other))
+    assert not (tmp_path / "run").exists()
+
+
+def test_answers_that_cannot_fit_into_the_context_are_refused(trained: Trained, toys: Toys, tmp_path: Path) -> None:
+    sampling = SamplingConfig(max_new_tokens=500)
+    with pytest.raises(SetupError, match="policy: longest prompt \\+ response: 5.. tokens, but the model has .* 512"):
+        evaluate(evaluate_config(tmp_path / "run", trained.sft, trained, toys, sampling=sampling))
+    short = tmp_path / "reward"
+    shutil.copytree(trained.reward, short)
+    written = json.loads((short / "config.json").read_text(encoding="utf-8"))
+    (short / "config.json").write_text(json.dumps(written | {"max_position_embeddings": 16}), encoding="utf-8")
+    with pytest.raises(SetupError, match="reward model: longest prompt \\+ response: .. tokens, .* positions for 16"):
+        evaluate(evaluate_config(tmp_path / "run", trained.sft, trained, toys, reward=str(short)))
+    with pytest.raises(SetupError, match="--prompts: found nothing, expected held-out prompts"):
+        evaluate(evaluate_config(tmp_path / "run", trained.sft, trained, toys).model_copy(update={"prompts": ()}))
     assert not (tmp_path / "run").exists()
 
 
@@ -377,38 +361,7 @@ def test_a_baseline_with_another_template_is_named(
     tokenizer.chat_template = "Chat: " + tokenizer.chat_template
     tokenizer.save_pretrained(other)
     changes: dict[str, Any] = {"max_prompts": 1, "best_of": (), "samples_per_prompt": 1}
-    evaluate(config_of(tmp_path / "a", trained.sft, trained, toys, baseline=str(other), **changes))
+    evaluate(evaluate_config(tmp_path / "a", trained.sft, trained, toys, baseline=str(other), **changes))
     assert f"the baseline {other} has another chat template" in capsys.readouterr().out
-    evaluate(config_of(tmp_path / "b", trained.sft, trained, toys, **changes))
+    evaluate(evaluate_config(tmp_path / "b", trained.sft, trained, toys, **changes))
     assert "another chat template" not in capsys.readouterr().out
-
-
-def test_the_limit_of_prompts_is_per_source(trained: Trained, toys: Toys, tmp_path: Path) -> None:
-    config = config_of(tmp_path / "run", trained.sft, trained, toys, max_prompts=2, reward=None, best_of=())
-    summary = evaluate(config)
-    assert summary["prompts"] == 4
-    assert [row["source"] for row in rows_of(config)] == ["even", "even", "odd", "odd"] * 2
-    assert "reward" not in summary
-    assert "reward_model" not in summary
-
-
-def test_models_of_different_vocabularies_are_not_compared(trained: Trained, toys: Toys, tmp_path: Path) -> None:
-    other = toy.other_vocabulary(tmp_path / "other")
-    with pytest.raises(SetupError, match=rf"baseline {other}: found another vocabulary than that of the policy"):
-        evaluate(config_of(tmp_path / "run", trained.sft, trained, toys, baseline=other))
-    assert not (tmp_path / "run").exists()
-
-
-def test_answers_that_cannot_fit_into_the_context_are_refused(trained: Trained, toys: Toys, tmp_path: Path) -> None:
-    sampling = SamplingConfig(max_new_tokens=500)
-    with pytest.raises(SetupError, match="policy: longest prompt \\+ response: 5.. tokens, but the model has .* 512"):
-        evaluate(config_of(tmp_path / "run", trained.sft, trained, toys, sampling=sampling))
-    short = tmp_path / "reward"
-    shutil.copytree(trained.reward, short)
-    written = json.loads((short / "config.json").read_text(encoding="utf-8"))
-    (short / "config.json").write_text(json.dumps(written | {"max_position_embeddings": 16}), encoding="utf-8")
-    with pytest.raises(SetupError, match="reward model: longest prompt \\+ response: .. tokens, .* positions for 16"):
-        evaluate(config_of(tmp_path / "run", trained.sft, trained, toys, reward=str(short)))
-    with pytest.raises(SetupError, match="--prompts: found nothing, expected held-out prompts"):
-        evaluate(config_of(tmp_path / "run", trained.sft, trained, toys).model_copy(update={"prompts": ()}))
-    assert not (tmp_path / "run").exists()

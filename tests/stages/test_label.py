@@ -13,7 +13,7 @@ import pytest
 from ppomax.config import SamplingConfig
 from ppomax.data.readers import read_pairs
 from ppomax.errors import SaveError
-from ppomax.stages import label as stage
+from ppomax.stages import kept as stage
 from ppomax.stages.label import label
 from ppomax.types import DataError, SetupError
 from stages.conftest import Toys, Trained
@@ -99,22 +99,22 @@ def fails_late(prompts: Sequence[Any], responses: Sequence[str], **columns: Any)
 def test_who_is_interrupted_goes_on_after_the_last_piece(
     trained: Trained, toys: Toys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage, "PIECE", 20)  # three pieces of 45 prompts
+    monkeypatch.setattr(stage, "PIECE", 80)  # three pieces of 45 prompts with 4 answers each
     labelled(tmp_path / "whole.jsonl", trained, toys)
-    out, kept, asked, collect = tmp_path / "pairs.jsonl", tmp_path / "pairs.answers.json", [], stage.collect
+    out, kept, asked, draw = tmp_path / "pairs.jsonl", tmp_path / "pairs.answers.jsonl", [], stage.draw
 
-    def interrupted(*given: Any, **options: Any) -> Any:
-        asked.append(given[3])
+    def interrupted(policy: Any, ids: Any, *given: Any, **options: Any) -> Any:
+        asked.append(len(ids))
         if len(asked) == 2:
             raise KeyboardInterrupt
-        return collect(*given, **options)
+        return draw(policy, ids, *given, **options)
 
-    monkeypatch.setattr(stage, "collect", interrupted)
+    monkeypatch.setattr(stage, "draw", interrupted)
     with pytest.raises(KeyboardInterrupt):
         labelled(out, trained, toys)
     assert not out.exists()
     labelled(out, trained, toys)
-    assert asked == [range(20), range(20, 40), range(20, 40), range(40, 45)]
+    assert asked == [80, 80, 80, 20]
     assert not kept.exists()
     for ending in ("jsonl", "json"):
         assert (tmp_path / f"pairs.{ending}").read_bytes() == (tmp_path / f"whole.{ending}").read_bytes()
@@ -124,19 +124,6 @@ def test_who_is_interrupted_goes_on_after_the_last_piece(
     del asked[:]
     labelled(out, trained, toys)
     assert asked == []
-
-
-@pytest.mark.parametrize("other", [{"seed": 1}, {"samples": 3}, {"sampling": SamplingConfig(max_new_tokens=9)}, None])
-def test_kept_answers_to_other_work_are_not_taken(
-    trained: Trained, toys: Toys, tmp_path: Path, other: dict[str, Any] | None
-) -> None:
-    expected = labelled(tmp_path / "fresh.jsonl", trained, toys, **other or {})
-    with pytest.raises(ZeroDivisionError):
-        labelled(tmp_path / "pairs.jsonl", trained, toys, fails_late)
-    kept = tmp_path / "pairs.answers.json"
-    if other is None:
-        kept.write_text(kept.read_text()[:-9])
-    assert labelled(tmp_path / "pairs.jsonl", trained, toys, **other or {}) == expected
 
 
 def test_trap_24_ties_and_empty_losers_make_no_pair(trained: Trained, toys: Toys, tmp_path: Path) -> None:
@@ -169,7 +156,7 @@ def test_a_judge_or_a_length_that_cannot_work_writes_nothing(trained: Trained, t
 def test_a_judge_that_gives_no_scores_is_found_before_anything_is_sampled(
     trained: Trained, toys: Toys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage, "collect", None)
+    monkeypatch.setattr(stage, "draw", None)
     for judge, message in (
         (lambda p, r, **_: ["good"] * len(r), "found 'good'"),
         (lambda p, r, **_: [1.0], "1 values"),
@@ -188,6 +175,6 @@ def test_pairs_are_written_as_json_lines_only(name: str, trained: Trained, toys:
 def test_a_folder_that_is_not_there_is_found_before_anything_is_sampled(
     trained: Trained, toys: Toys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage, "collect", None)
+    monkeypatch.setattr(stage, "draw", None)
     with pytest.raises(SaveError, match=r"pairs\.jsonl: cannot save \(No such file or directory"):
         labelled(tmp_path / "no" / "pairs.jsonl", trained, toys)

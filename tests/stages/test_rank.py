@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from ppomax.cli import main
 from ppomax.config import RankConfig
 from ppomax.data.chat import render_prompt, render_response
 from ppomax.models.load import load_tokenizer
+from ppomax.stages import rank as stage
 from ppomax.stages.rank import rank
 from ppomax.types import SetupError
 from stages.conftest import Toys, Trained
@@ -44,6 +46,20 @@ def test_each_subset_has_the_accuracy_that_transformers_finds(trained: Trained, 
     assert found["heldout_pairs"] == len(rows())
     report = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
     assert "Fit for PPO?" in report and "Calibration" in report
+
+
+def test_interrupted_it_says_that_nothing_is_kept(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*given: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(stage, "score_rows", interrupt)
+    data = write_rows(tmp_path / "pairs.jsonl", rows())
+    assert main(["rank", "--run-dir", str(tmp_path / "run"), "--reward", trained.reward, "--data", data]) == 130
+    said = capsys.readouterr().err.strip()
+    assert said.endswith("stopped at once; nothing is kept. To do it again: the same command")
+    assert not (tmp_path / "run").exists()
 
 
 def test_on_the_command_line(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

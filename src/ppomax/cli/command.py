@@ -138,7 +138,9 @@ def _explain(error: BaseException, name: str) -> tuple[int, str] | None:
         if name in TRAINING:
             kept = "; nothing after the last checkpoint is kept. To go on: the same command"
             kept += "" if name == "quickstart" else " with --resume"
-        elif name in ("evaluate", "rank"):
+        elif name == "evaluate":
+            kept = "; answers are kept in pieces of 512. To go on: the same command (--fresh would begin anew)"
+        elif name == "rank":
             kept = "; nothing is kept. To do it again: the same command"
         return TERMINATED if error.args == (signal.SIGTERM,) else INTERRUPTED, f"stopped at once{kept}"
     if isinstance(error, Interrupted):

@@ -37,6 +37,7 @@ metrics.jsonl    one JSON object per line: the measurements, in order; all plots
 samples.jsonl    texts that the model wrote along the way, one JSON object per line
 events.out.*     the same measurements for TensorBoard
 samples.md       some of these texts side by side, as a table (evaluate)
+answers/         what both systems answered so far, until they are compared (evaluate)
 checkpoints/     what `--resume` goes on from: weights, optimiser and counters (safetensors and JSON, with hashes)
 exported/        models that `ppomax checkpoint export` made of them
 nonfinite/       the batch whose gradients were no numbers, where that ended the run; `ppomax replay` reads it again
@@ -44,7 +45,7 @@ final/           the trained model in Hugging Face layout; load it with transfor
 critic/          the critic, and
 last/            the policy as it was trained last, where final/ is its moving average (ppo); both as final/ is
 pairs.jsonl      answers that the judge ordered, counted in pairs.json (quickstart); until it is there,
-                 those sampled so far are in pairs.answers.json
+                 those sampled so far are in pairs.answers.jsonl
 sft/ reward/ ... a directory like this one for each stage, whose times are in stage_seconds.json (quickstart)
 report.html      plots and samples in one page; open it in a browser
 summary.json     the result in a few numbers; only a run that is complete has it
@@ -90,6 +91,11 @@ class Run:
     def samples(self) -> Path:
         """Sampled texts, JSON lines."""
         return self.path / "samples.jsonl"
+
+    @property
+    def answers(self) -> Path:
+        """Folder of the answers that an evaluation has so far, until they are compared."""
+        return self.path / "answers"
 
     @property
     def checkpoints(self) -> Path:
@@ -247,7 +253,8 @@ def _checked_settings(run: Run, config: Mapping[str, Any], resume: bool, ignore:
 
 def _has_work(run: Run) -> bool:
     saved = run.checkpoints.iterdir() if run.checkpoints.is_dir() else ()
-    return run.metrics.exists() or run.final.exists() or any(not p.name.startswith(TEMPORARY) for p in saved)
+    written = any(p.exists() for p in (run.metrics, run.final, run.answers))
+    return written or any(not p.name.startswith(TEMPORARY) for p in saved)
 
 
 def _contents(path: Path) -> list[str]:

@@ -12,7 +12,7 @@ from ppomax.data.batches import epoch_order
 from ppomax.engine.randomness import seeds_for, uniforms_for
 from ppomax.models.players import Policy
 from ppomax.monitor.clock import Clock
-from ppomax.rollout.sampler import Distribution, sample
+from ppomax.rollout.sampler import Distribution, Sampled, sample
 from ppomax.rollout.vllm import VLLM
 from ppomax.types import Prompt, Rollout
 
@@ -72,11 +72,9 @@ def collect(
     rows, numbers = (row[part] for row in repeated(indices, samples))
     ids = [prompt_ids[i] for i in rows]
     if engine is None:
-        uniforms_BR = uniforms_for(seed, iteration, rows, numbers, how.limit)
-        sampled = sample(
-            policy, ids, uniforms_BR, distribution=how.distribution, eos_ids=how.eos_ids, max_rows=how.max_rows,
-            max_tokens=how.max_tokens, stop=how.stop, progress=progress, clock=clock,
-        )  # fmt: skip
+        sampled = draw(
+            policy, ids, rows, numbers, iteration=iteration, seed=seed, how=how, progress=progress, clock=clock
+        )
     else:
         seeds = seeds_for(seed, iteration, rows, numbers)
         sampled = engine.sample(
@@ -84,6 +82,27 @@ def collect(
         )
         if progress is not None:
             progress(len(rows))
+    return as_rollout(sampled, prompts, prompt_ids, rows, numbers)
+
+
+def draw(
+    policy: Policy, ids: Sequence[tuple[int, ...]], rows: Sequence[int], numbers: Sequence[int],
+    *, iteration: int, seed: int, how: Sampling, progress: Callable[[int], None] | None = None,
+    clock: Clock | None = None,
+) -> list[Sampled]:  # fmt: skip
+    """One response to each of `ids` by the native sampler, from the random stream of its prompt and sample numbers."""
+    uniforms_BR = uniforms_for(seed, iteration, rows, numbers, how.limit)
+    return sample(
+        policy, ids, uniforms_BR, distribution=how.distribution, eos_ids=how.eos_ids, max_rows=how.max_rows,
+        max_tokens=how.max_tokens, stop=how.stop, progress=progress, clock=clock,
+    )  # fmt: skip
+
+
+def as_rollout(
+    sampled: Sequence[Sampled], prompts: Sequence[Prompt], prompt_ids: Sequence[tuple[int, ...]], rows: Sequence[int],
+    numbers: Sequence[int],
+) -> Rollout:  # fmt: skip
+    """Responses as tensors; response b is the `numbers[b]`-th to prompt `rows[b]`."""
     lengths = [len(s.ids) for s in sampled]
     ids_BR = torch.zeros(len(rows), max(lengths), dtype=torch.long)
     logprobs_BR = torch.zeros(len(rows), max(lengths))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ from ppomax.rewards.callables import (
 from ppomax.rewards.model import RewardModel
 from ppomax.rl.kl import k1
 from ppomax.rl.masked import masked_sum
-from ppomax.rollout.collect import collect, response_texts
+from ppomax.rollout.collect import response_texts
 from ppomax.stages.comparison import best_of, compare, mean, pair_accuracy
 from ppomax.stages.inputs import (
     compute_of,
@@ -42,16 +43,16 @@ from ppomax.stages.inputs import (
     fitted_prompts,
     one_of_each_roles,
     required,
-    sampling_of,
 )
+from ppomax.stages.kept import Kept
 from ppomax.stages.players import load_reward_model
 from ppomax.stages.reward_report import write_samples
 from ppomax.stages.session import opened_run
 from ppomax.types import Prompt, Rollout, SetupError, token_batch
 
 RANDOM_PURPOSE = 1_000_003
-# On the disk: the page, an answer with its scores beside its prompt, and each of its tokens.
-PAGE_BYTES, ANSWER_BYTES, TOKEN_BYTES = 2_000_000, 500, 8
+# On the disk: the page, an answer with its scores beside its prompt, and each of its tokens, as text and as it is kept.
+PAGE_BYTES, ANSWER_BYTES, TOKEN_BYTES = 2_000_000, 500, 40
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ class Answers:
 def evaluate(config: EvaluateConfig, *, fresh: bool = False) -> dict[str, Any]:
     """Compare `policy` with `baseline` on held-out prompts. Returns summary.json's content.
 
-    A second call with the same settings does it again; fresh: replace an evaluation with others. Raises SetupError and
-    DataError, mostly before anything is sampled.
+    A second call with the same settings does it again, and after an interruption goes on with the answers that are
+    there; fresh: replace an evaluation with others. Raises SetupError and DataError, mostly before anything is sampled.
     """
     with opened_run(
         config.run_dir, verb="evaluate", config=config, resume=not fresh, fresh=fresh, ignore=("run_dir",)
@@ -136,10 +137,20 @@ def _evaluate(run: Run, config: EvaluateConfig) -> dict[str, Any]:
             model.score_text(tried, TRIED[:1] * len(tried))
     # One more than n, so that the sample that a best of n is compared with is not among its candidates.
     most = max((config.samples_per_prompt, *(n + 1 for n in config.best_of)))
-    total = len(prompts) * (config.samples_per_prompt + most)
-    with progress("evaluate", total, unit="responses") as advance:
-        pool = _answer(baseline, tokenizer, prompts, ids, most, config, advance)
-        after = _answer(policy, tokenizer, prompts, ids, config.samples_per_prompt, config, advance)
+    kept = [
+        Kept(
+            run.answers / f"{role}.jsonl", name, player, tokenizer, prompts, ids, samples=samples,
+            iteration=RANDOM_PURPOSE, seed=config.seed, sampling=config.sampling, compute=config.compute,
+        )
+        for role, name, player, samples in (
+            ("baseline", config.baseline, baseline, most),
+            ("policy", config.policy, policy, config.samples_per_prompt),
+        )
+    ]  # fmt: skip
+    total, done = len(prompts) * (config.samples_per_prompt + most), sum(len(of_one.responses) for of_one in kept)
+    with progress("evaluate", total, done=done, unit="responses") as advance:
+        rollouts = [of_one.rollout(advance) for of_one in kept]
+    pool, after = (Answers(rollout, response_texts(tokenizer, rollout)) for rollout in rollouts)
     # Both systems' answers are read for their likelihood, and what there is by the reward model.
     read_again = 2 * len(after.texts) + (len(after.texts) + len(pool.texts)) * (model is not None)
     with progress("evaluate, reading", read_again, unit="responses") as advance:
@@ -150,7 +161,8 @@ def _expect_room(run: Run, prompts: Sequence[Prompt], answers: int, limit: int) 
     """Refuse a disk on which so many answers to each prompt would be found not to fit when they have been sampled."""
     asked = sum(len(prompt.messages[-1]["content"].encode()) for prompt in prompts)
     needed = PAGE_BYTES + answers * (asked + len(prompts) * (ANSWER_BYTES + TOKEN_BYTES * limit))
-    written_anew = sum(file.stat().st_size for file in (run.samples, run.report) if file.exists())
+    replaced = run.samples, run.report, *run.answers.glob("*")
+    written_anew = sum(file.stat().st_size for file in replaced if file.exists())
     free = free_bytes(run.path) + written_anew
     if free < needed:
         raise SetupError(
@@ -198,17 +210,6 @@ class Systems:
         """Every judge's scores."""
         prompts, ids = answers.rollout.prompts, answers.rollout.responses()
         return {name: judged(f, prompts, answers.texts, name=name, ids=ids) for name, f in self.judges.items()}
-
-
-def _answer(
-    policy: Policy, tokenizer: Any, prompts: Sequence[Prompt], ids: Sequence[tuple[int, ...]], samples: int,
-    config: EvaluateConfig, advance: Advance,
-) -> Answers:  # fmt: skip
-    rollout = collect(
-        policy, prompts, ids, range(len(prompts)), samples=samples, iteration=RANDOM_PURPOSE, seed=config.seed,
-        how=sampling_of(config.sampling, policy, tokenizer), progress=advance,
-    )  # fmt: skip
-    return Answers(rollout, response_texts(tokenizer, rollout))
 
 
 @torch.no_grad()
@@ -289,6 +290,7 @@ def _report(run: Run, config: EvaluateConfig, systems: Systems, after: Answers, 
     _write_table(run, rows)
     write_json_atomic(run.summary, summary)
     write_report(run.path)
+    shutil.rmtree(run.answers)
     return summary
 
 

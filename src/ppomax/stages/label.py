@@ -15,23 +15,19 @@ from ppomax.models.load import load_causal_lm, load_tokenizer
 from ppomax.models.players import Policy
 from ppomax.monitor.progress import progress
 from ppomax.rewards.callables import RewardFunction, judged, try_judge
-from ppomax.rollout.collect import collect, response_texts
+from ppomax.rollout.collect import response_texts
 from ppomax.stages.inputs import (
     PromptRows,
     compute_of,
     context_limit,
     expect_native,
-    fingerprint,
     fitted_prompts,
-    sampling_of,
-    weights_hash,
 )
+from ppomax.stages.kept import Kept
 from ppomax.stages.spoilt import spoilt
 from ppomax.types import SetupError
 
 RANDOM_PURPOSE = 1_000_002
-# Prompts whose answers are sampled, and written down, together: an interruption costs no more than these.
-PIECE = 128
 
 
 def label(
@@ -55,7 +51,7 @@ def label(
     read = fitted_prompts(tokenizer, prompts, 512)
     asked = read.prompts
     try_judge(judge, asked, name="judge")
-    kept = out.with_suffix(".answers.json")
+    kept = out.with_suffix(".answers.jsonl")
     texts = _answers(policy, tokenizer, read, kept, samples=samples, sampling=sampling, compute=compute, seed=seed)
     scores = judged(judge, [prompt for prompt in asked for _ in range(samples)], texts, name="judge")
     answers = list(zip(scores, texts, strict=True))
@@ -94,27 +90,11 @@ def _answers(
     samples: int, sampling: SamplingConfig, compute: ModelConfig, seed: int,
 ) -> list[str]:  # fmt: skip
     """`samples` answers to every prompt, in the prompts' order; those of the same work that `kept` has are taken."""
-    where = compute_of(compute)
-    settings = weights_hash(policy), samples, sampling, compute, where, seed, PIECE
-    work = fingerprint(((ids, None) for ids in read.ids), [((), settings)])
-    texts = _kept_texts(kept, work)
-    model = Policy(load_causal_lm(policy, where), train_layers=None, trained=False)
+    model = Policy(load_causal_lm(policy, compute_of(compute)), train_layers=None, trained=False)
     context_limit(model.model, max(map(len, read.ids)) + sampling.max_new_tokens, "longest prompt + response")
-    how, count = sampling_of(sampling, model, tokenizer), len(read.ids)
-    with progress("label", count * samples, done=len(texts), unit="responses") as advance:
-        for start in range(len(texts) // samples, count, PIECE):
-            rollout = collect(
-                model, read.prompts, read.ids, range(start, min(start + PIECE, count)), samples=samples,
-                iteration=RANDOM_PURPOSE, seed=seed, how=how, progress=advance,
-            )  # fmt: skip
-            texts += response_texts(tokenizer, rollout)
-            write_json_atomic(kept, {"work": work, "texts": texts})
-    return texts
-
-
-def _kept_texts(kept: Path, work: str) -> list[str]:
-    try:
-        found = json.loads(kept.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return []
-    return found["texts"] if isinstance(found, dict) and found.get("work") == work else []
+    answers = Kept(
+        kept, policy, model, tokenizer, read.prompts, read.ids, samples=samples, iteration=RANDOM_PURPOSE, seed=seed,
+        sampling=sampling, compute=compute,
+    )  # fmt: skip
+    with progress("label", len(read.ids) * samples, done=len(answers.responses), unit="responses") as advance:
+        return response_texts(tokenizer, answers.rollout(advance))

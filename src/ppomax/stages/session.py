@@ -361,7 +361,8 @@ def opened_run(
 def _begun(run: Run) -> bool:
     measured = run.metrics.exists() and run.metrics.stat().st_size > 0
     saved = run.checkpoints.is_dir() and any(run.checkpoints.iterdir())
-    return measured or saved or any(p.exists() for p in (run.final, run.samples, run.summary, run.path / NONFINITE))
+    others = run.final, run.answers, run.samples, run.summary, run.path / NONFINITE
+    return measured or saved or any(p.exists() for p in others)
 
 
 @contextmanager
