@@ -65,6 +65,10 @@ def test_a_good_machine_raises_no_concern() -> None:
         ({"device": "cpu", "dtype": "float32"}, ["no GPU", "no bfloat16 instructions"]),
         ({"device": "cpu", "threads": 1, "omp_num_threads": "1"}, ["no GPU", "OMP_NUM_THREADS is 1; unset it"]),
         ({"device": "cpu", "threads": 4}, ["no GPU", "torch uses 4 of 8 cores: set OMP_NUM_THREADS"]),
+        (
+            {"device": "cpu", "threads": 64, "omp_num_threads": "64"},
+            ["no GPU", "64 threads on 8 cores, and they wait for each other: OMP_NUM_THREADS is 64; unset it"],
+        ),
         ({"device": "cpu", "load": 11.0}, ["no GPU", "load 11.0 on 8 cores"]),
         ({"memory_available": 7.9 * GIB}, ["7.9 GiB of memory is free, less than 8.0 GiB"]),
         ({"disk_free": {"/": 100 * GIB, "/small": 2 * GIB}}, ["2.0 GiB of disk is free at /small"]),

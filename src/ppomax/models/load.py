@@ -16,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from ppomax.data.chat import prepare_tokenizer, render_dialogue
 from ppomax.engine import world
+from ppomax.engine.machine import limit_threads
 from ppomax.errors import first_line
 from ppomax.models.attention import attention_for, without_plans
 from ppomax.models.embedded import embedded_directory
@@ -37,7 +38,11 @@ class Compute:
 
 
 def resolve_compute(device: str, dtype: str) -> Compute:
-    """Turn `auto` into what this machine does best; refuse a device that is not there."""
+    """Turn `auto` into what this machine does best; refuse a device that is not there.
+
+    From here on torch has no more threads than a container lets run at once.
+    """
+    limit_threads()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:

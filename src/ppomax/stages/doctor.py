@@ -8,12 +8,12 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from ppomax import __version__
 from ppomax.config import DoctorConfig
 from ppomax.engine.durable import free_bytes
+from ppomax.engine.machine import cores, memory_available, memory_total
 from ppomax.engine.speed import FEW, TOKENS, copy_rate, model_shapes, peak_rate, product_rate
 from ppomax.models.embedded import cache_directory, cached_model
 from ppomax.models.load import Compute, load_config, resolve_compute
@@ -73,6 +73,11 @@ def concerns(numbers: dict[str, Any]) -> list[str]:
             limit = numbers["omp_num_threads"]
             cause = f"OMP_NUM_THREADS is {limit}; unset it" if limit else "set OMP_NUM_THREADS to the number of cores"
             found.append(f"torch uses {numbers['threads']} of {numbers['cores']} cores: {cause}")
+        if numbers["threads"] > numbers["cores"] and (limit := numbers["omp_num_threads"]):
+            found.append(
+                f"torch uses {numbers['threads']} threads on {numbers['cores']} cores, and they wait for each other: "
+                f"OMP_NUM_THREADS is {limit}; unset it"
+            )
         if numbers["load"] > 1.25 * numbers["cores"]:
             found.append(f"other programs keep the cores busy (load {numbers['load']:.1f} on {numbers['cores']} cores)")
     if numbers["memory_available"] < LITTLE_MEMORY:
@@ -122,25 +127,18 @@ def _package(name: str, purpose: str, install: str) -> dict[str, Any]:
 
 
 def _numbers(compute: Compute) -> dict[str, Any]:
-    memory, (limit, used) = psutil.virtual_memory(), _container_memory()
     return {
         "device": compute.device.type,
         "dtype": str(compute.dtype).removeprefix("torch."),
-        "cores": _cores(),
+        "cores": cores(),
         "threads": torch.get_num_threads(),
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
         "load": os.getloadavg()[0],
         "memory_total": memory_total(),
-        "memory_available": min(memory.available, limit - used),
+        "memory_available": memory_available(),
         "disk_free": {str(path): free_bytes(path) for path in (cache_directory(), Path.cwd())},
         "smollm2_converted": (cached_model("smollm2-135m") / "config.json").exists(),
     }
-
-
-def _cores() -> int:
-    """Cores that this process may use, two threads of one counted once, as torch does."""
-    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(allowed, psutil.cpu_count(logical=False) or allowed)
 
 
 def _facts(compute: Compute, numbers: dict[str, Any]) -> dict[str, str]:
@@ -157,21 +155,6 @@ def _facts(compute: Compute, numbers: dict[str, Any]) -> dict[str, str]:
         "dtype auto": f"{numbers['dtype']}, because {where} {has} bfloat16 instructions",
         "smollm2-135m": f"{converted} ({cache_directory()})",
     }
-
-
-def memory_total() -> float:
-    """Bytes of memory that this machine, or the container, has."""
-    return min(psutil.virtual_memory().total, _container_memory()[0])
-
-
-def _container_memory() -> tuple[float, float]:
-    """Limit and use in bytes that a Linux container sets; (inf, 0) where there is none."""
-    try:
-        limit, used, stat = (Path(f"/sys/fs/cgroup/memory.{name}").read_text() for name in ("max", "current", "stat"))
-        cached = dict(line.split() for line in stat.splitlines()).get("inactive_file", 0)
-        return float(limit.replace("max", "inf")), float(used) - float(cached)
-    except (OSError, ValueError):
-        return float("inf"), 0.0
 
 
 def _gib(size: float) -> str:

@@ -11,11 +11,11 @@ import torch
 
 from ppomax.config import ModelConfig
 from ppomax.config.plan import PlanConfig, gpus_of, parameters_of
+from ppomax.engine.machine import memory_total
 from ppomax.engine.speed import copy_rate, peak_rate
 from ppomax.models.load import Compute, resolve_compute
 from ppomax.models.shapes import Shape, shape_named, shape_sized
 from ppomax.rewards.mixture import is_function, parse_terms
-from ppomax.stages.doctor import memory_total
 from ppomax.stages.plan_memory import Bytes, Machine, Role, microbatch, player_bytes
 from ppomax.stages.plan_phases import host_memory, phases
 from ppomax.stages.plan_time import flops, seconds
