@@ -23,6 +23,7 @@ from ppomax.models.players import Policy
 from ppomax.rewards.model import RewardModel
 from ppomax.rollout.collect import collect, response_texts
 from ppomax.stages import evaluate as stage
+from ppomax.stages import kept
 from ppomax.stages.evaluate import RANDOM_PURPOSE, evaluate
 from ppomax.stages.inputs import compute_of, fitted_prompts, sampling_of
 from ppomax.stages.ppo import ppo
@@ -235,6 +236,7 @@ def test_answers_outlive_a_judge_that_fails(
     rows = rows_of(config)
     assert len(rows) == 2 * 3 * 2 and {row["source"] for row in rows} == {"even", "odd"}
     monkeypatch.undo()
+    monkeypatch.setattr(kept, "draw", None)  # nothing is sampled again
     evaluate(config)
     assert [row["after"] for row in rows_of(config)] == [row["after"] for row in rows]
     assert all("gold_after" in row for row in rows_of(config))

@@ -1,7 +1,8 @@
-"""Evaluations that are stopped, or whose disk is full: what was answered is kept, and the same command goes on."""
+"""Evaluations that are stopped, or whose disk is full: finished answers are kept, and the same command goes on."""
 
 from __future__ import annotations
 
+import json
 import resource
 import signal
 from pathlib import Path
@@ -10,15 +11,135 @@ from typing import Any
 import pytest
 
 from ppomax.cli import main
-from ppomax.config import EvaluateConfig
+from ppomax.config import EvaluateConfig, SamplingConfig
 from ppomax.errors import SaveError
 from ppomax.stages import evaluate as stage
 from ppomax.stages import kept
 from ppomax.stages.evaluate import evaluate
-from ppomax.types import SetupError
+from ppomax.types import DataError, SetupError
+from stages import toy
 from stages.conftest import Toys, Trained, evaluate_config
 from stages.processes import Command
 from stages.toy import file_hashes
+
+
+class Draws:
+    """How many answers were sampled each time; `interrupt`: Ctrl-C when the first answers of that time have ended."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked: list[int] = []
+        self.interrupt: int | None = None
+        self._draw = kept.draw
+        monkeypatch.setattr(kept, "draw", self)
+
+    def __call__(self, policy: Any, ids: Any, *given: Any, progress: Any, **options: Any) -> Any:
+        self.asked.append(len(ids))
+
+        def interrupt(amount: int) -> None:
+            raise KeyboardInterrupt
+
+        now = interrupt if len(self.asked) == self.interrupt else progress
+        return self._draw(policy, ids, *given, progress=now, **options)
+
+
+@pytest.fixture
+def draws(monkeypatch: pytest.MonkeyPatch) -> Draws:
+    return Draws(monkeypatch)
+
+
+def small(run_dir: Path, trained: Trained, toys: Toys, **changes: Any) -> EvaluateConfig:
+    """30 answers by each of two equal systems."""
+    settings = {"max_prompts": 15, "best_of": (), "samples_per_prompt": 1, **changes}
+    return evaluate_config(run_dir, trained.sft, trained, toys, **settings)
+
+
+def outcome(run_dir: Path) -> dict[str, Any]:
+    hashes = file_hashes(run_dir)
+    return {name: hashes[name] for name in ("summary.json", "samples.jsonl", "samples.md")} | {"all": sorted(hashes)}
+
+
+@pytest.mark.parametrize("call", [1, 2])
+def test_after_an_interruption_the_same_command_goes_on_with_the_answers_that_are_there(
+    call: int, trained: Trained, toys: Toys, tmp_path: Path, draws: Draws
+) -> None:
+    draws.interrupt = call
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(small(tmp_path / "run", trained, toys))
+    assert draws.asked == [30] * call
+    draws.interrupt = None
+    evaluate(small(tmp_path / "run", trained, toys))
+    again = draws.asked[call:]
+    assert 0 < again[0] < 30 and again[1:] == [30] * (2 - call)
+    del draws.asked[:]
+    evaluate(small(tmp_path / "whole", trained, toys))
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
+    # Done again, it is all done again.
+    evaluate(small(tmp_path / "run", trained, toys))
+    assert draws.asked == [30, 30] * 2
+
+
+def test_interrupted_before_any_answer_it_leaves_nothing(
+    trained: Trained, toys: Toys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*given: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(kept, "draw", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(small(tmp_path / "run", trained, toys))
+    assert not (tmp_path / "run").exists()
+
+
+def test_killed_while_it_samples_it_goes_on(
+    trained: Trained, toys: Toys, command: type[Command], tmp_path: Path, draws: Draws
+) -> None:
+    words = [
+        "evaluate", "--run-dir", str(tmp_path / "run"), "--policy", trained.sft, "--baseline", trained.sft,
+        "--reward", "None", "--prompts", toys.prompts, "--samples-per-prompt", "40", "--sampling.max-new-tokens", "20",
+        "--judge", "stages.toy:share_of_e",
+    ]  # fmt: skip
+    answers = tmp_path / "run" / "answers" / "baseline.jsonl"
+    running = command(words, tmp_path / "log")
+    running.wait_for(lambda: answers.exists() and answers.stat().st_size > 10_000)
+    running.stop(signal.SIGKILL)
+    lines = answers.read_text().count("\n") - 1
+    assert main(words) == 0
+    assert lines > 0 and draws.asked[0] == 45 * 40 - lines
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["gold"]["win_rate"] == 0.5  # with itself
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"judge": ("stages.toy:length_reward",)}, {"sampling": SamplingConfig(max_new_tokens=10, max_rows=4)}, {}],
+)
+def test_after_a_judge_that_failed_the_answers_serve_another_or_the_mended_one(
+    change: dict[str, Any], trained: Trained, toys: Toys, tmp_path: Path, draws: Draws, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(toy, "share_of_e", lambda prompts, responses, **_: [0.0] * min(len(responses), 2))
+        with pytest.raises(DataError, match="found 2 values for 30 responses"):
+            evaluate(small(tmp_path / "run", trained, toys))
+    evaluate(small(tmp_path / "run", trained, toys, **change))
+    assert draws.asked == [30, 30]
+    if "judge" in change:  # a result is not replaced by that of another judge
+        with pytest.raises(SetupError, match="with other settings: judge"):
+            evaluate(small(tmp_path / "run", trained, toys))
+
+
+def test_one_that_replaces_another_is_gone_on_with_too(
+    trained: Trained, toys: Toys, tmp_path: Path, draws: Draws
+) -> None:
+    evaluate(small(tmp_path / "run", trained, toys))
+    other = small(tmp_path / "run", trained, toys, seed=1)
+    draws.interrupt = 4
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(other, fresh=True)
+    with pytest.raises(SetupError, match="with other settings: seed"):
+        evaluate(small(tmp_path / "run", trained, toys))
+    assert (tmp_path / "run" / ".previous" / "summary.json").exists()  # a refused command costs nothing
+    evaluate(other)
+    assert draws.asked[:4] == [30] * 4 and len(draws.asked) == 5 and draws.asked[4] < 30
+    assert not (tmp_path / "run" / ".previous").exists()
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -34,91 +155,45 @@ def test_stopped_by_a_signal_it_says_what_is_kept(
     running.wait_for(lambda: "thinking" in running.said())
     assert running.stop(number) == code
     said = " ".join(running.said().split())
-    assert "stopped at once; answers are kept in pieces of 512. To go on: the same command" in said
+    assert said.endswith("stopped at once; finished answers are kept. To go on: the same command without --fresh")
     assert "Traceback" not in said
-    assert main([*words[:-1], "stages.toy:share_of_e", "--fresh"]) == 0
+    assert main([*words[:-1], "stages.toy:share_of_e"]) == 0
 
 
-def interrupted_in(call: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Ctrl-C in the so-many-th piece of 20 answers; how many answers were asked for in each piece."""
-    asked, draw = [], kept.draw
-
-    def interrupted(policy: Any, ids: Any, *given: Any, **options: Any) -> Any:
-        asked.append(len(ids))
-        if len(asked) == call:
-            raise KeyboardInterrupt
-        return draw(policy, ids, *given, **options)
-
-    monkeypatch.setattr(kept, "PIECE", 20)
-    monkeypatch.setattr(kept, "draw", interrupted)
-    return asked
-
-
-def outcome(run_dir: Path) -> dict[str, Any]:
-    hashes = file_hashes(run_dir)
-    return {name: hashes[name] for name in ("summary.json", "samples.jsonl", "samples.md")} | {"all": sorted(hashes)}
-
-
-@pytest.mark.parametrize(("call", "left"), [(1, [20, 10, 20, 10]), (3, [20, 10]), (4, [10])])
-def test_after_an_interruption_the_same_command_goes_on_with_the_answers_that_are_there(
-    call: int, left: list[int], trained: Trained, toys: Toys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def config(name: str) -> EvaluateConfig:
-        return evaluate_config(
-            tmp_path / name, trained.sft, trained, toys, max_prompts=15, best_of=(), samples_per_prompt=1
-        )
-
-    asked = interrupted_in(call, monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(config("run"))
-    assert (tmp_path / "run").exists() == (call > 1)  # a run without any result leaves nothing
-    del asked[:]
-    monkeypatch.undo()
-    asked = interrupted_in(0, monkeypatch)
-    evaluate(config("run"))
-    assert asked == left
-    evaluate(config("whole"))
-    assert outcome(tmp_path / "run") == outcome(tmp_path / "whole")
-    # Done again, it is all done again.
-    del asked[:]
-    evaluate(config("run"))
-    assert asked == [20, 10, 20, 10]
-
-
-def test_an_evaluation_that_replaces_another_is_gone_on_with_too(
+def test_a_replacement_that_comes_to_no_answer_leaves_what_was_there(
     trained: Trained, toys: Toys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = evaluate_config(
-        tmp_path / "run", trained.sft, trained, toys, max_prompts=15, best_of=(), samples_per_prompt=1
-    )
-    evaluate(config)
-    other = config.model_copy(update={"seed": 1})
-    interrupted_in(2, monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(other, fresh=True)
-    monkeypatch.undo()
-    asked = interrupted_in(0, monkeypatch)
-    evaluate(other)
-    assert asked == [10, 20, 10]
+    evaluate(small(tmp_path / "run", trained, toys))
+    before = outcome(tmp_path / "run")
+    monkeypatch.setattr(kept, "draw", lambda *given, **options: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        evaluate(small(tmp_path / "run", trained, toys, seed=1), fresh=True)
+    assert outcome(tmp_path / "run") == before
 
 
-def test_a_full_disk_is_named(trained: Trained, toys: Toys, tmp_path: Path) -> None:
-    config = evaluate_config(tmp_path / "run", trained.sft, trained, toys, best_of=(), reward=None)
+@pytest.mark.parametrize(("best_of", "file"), [((), "samples"), ((16,), "answers/baseline")])
+def test_a_full_disk_is_named(
+    best_of: tuple[int, ...], file: str, trained: Trained, toys: Toys, tmp_path: Path
+) -> None:
+    config = evaluate_config(tmp_path / "run", trained.sft, trained, toys, best_of=best_of)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
-        with pytest.raises(SaveError, match=r"answers/baseline\.jsonl: cannot save"):
+        with pytest.raises(SaveError, match=rf"run/{file}\.jsonl: cannot save"):
             evaluate(config)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert evaluate(config)["prompts"] == 45
 
 
+@pytest.mark.parametrize(("best_of", "answers"), [((), 45 * 4), ((16,), 45 * (2 + 17))])
 def test_a_disk_that_is_nearly_full_is_found_before_anything_is_sampled(
-    trained: Trained, toys: Toys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    best_of: tuple[int, ...], answers: int, trained: Trained, toys: Toys, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     monkeypatch.setattr(stage, "free_bytes", lambda path: 1_500_000)
     monkeypatch.setattr(stage, "Kept", None)
-    with pytest.raises(SetupError, match=r"run: found 1.5 MB free, expected 2\.\d+ MB for [\d,]+ answers and a report"):
-        evaluate(evaluate_config(tmp_path / "run", trained.sft, trained, toys, best_of=(), reward=None))
+    message = rf"run: found 1.5 MB free, expected 2\.\d+ MB for {answers} answers and a report"
+    with pytest.raises(SetupError, match=message):
+        evaluate(evaluate_config(tmp_path / "run", trained.sft, trained, toys, best_of=best_of))
     assert not (tmp_path / "run").exists()

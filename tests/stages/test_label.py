@@ -96,26 +96,26 @@ def fails_late(prompts: Sequence[Any], responses: Sequence[str], **columns: Any)
     return [0.0] * len(responses) if len(responses) < 9 else [1 / 0]
 
 
-def test_who_is_interrupted_goes_on_after_the_last_piece(
+def test_who_is_interrupted_goes_on_with_the_answers_that_are_missing(
     trained: Trained, toys: Toys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage, "PIECE", 80)  # three pieces of 45 prompts with 4 answers each
     labelled(tmp_path / "whole.jsonl", trained, toys)
-    out, kept, asked, draw = tmp_path / "pairs.jsonl", tmp_path / "pairs.answers.jsonl", [], stage.draw
+    out, asked, draw = tmp_path / "pairs.jsonl", [], stage.draw
 
-    def interrupted(policy: Any, ids: Any, *given: Any, **options: Any) -> Any:
+    def counted(policy: Any, ids: Any, *given: Any, progress: Any, **options: Any) -> Any:
         asked.append(len(ids))
-        if len(asked) == 2:
-            raise KeyboardInterrupt
-        return draw(policy, ids, *given, **options)
+        return draw(policy, ids, *given, progress=interrupt if len(asked) == 1 else progress, **options)
 
-    monkeypatch.setattr(stage, "draw", interrupted)
+    def interrupt(amount: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stage, "draw", counted)
     with pytest.raises(KeyboardInterrupt):
         labelled(out, trained, toys)
     assert not out.exists()
     labelled(out, trained, toys)
-    assert asked == [80, 80, 80, 20]
-    assert not kept.exists()
+    assert len(asked) == 2 and asked[0] == 45 * 4 > asked[1] > 0
+    assert not (tmp_path / "pairs.answers.jsonl").exists()
     for ending in ("jsonl", "json"):
         assert (tmp_path / f"pairs.{ending}").read_bytes() == (tmp_path / f"whole.{ending}").read_bytes()
     # A judge that fails late keeps the answers.

@@ -136,10 +136,11 @@ def _explain(error: BaseException, name: str) -> tuple[int, str] | None:
     if isinstance(error, KeyboardInterrupt):
         kept = ""
         if name in TRAINING:
-            kept = "; nothing after the last checkpoint is kept. To go on: the same command"
-            kept += "" if name == "quickstart" else " with --resume"
+            kept = "; nothing after the last checkpoint is kept. To go on: the same command with --resume"
+            if name == "quickstart":
+                kept = "; checkpoints and finished answers are kept. To go on: the same command"
         elif name == "evaluate":
-            kept = "; answers are kept in pieces of 512. To go on: the same command (--fresh would begin anew)"
+            kept = "; finished answers are kept. To go on: the same command without --fresh"
         elif name == "rank":
             kept = "; nothing is kept. To do it again: the same command"
         return TERMINATED if error.args == (signal.SIGTERM,) else INTERRUPTED, f"stopped at once{kept}"

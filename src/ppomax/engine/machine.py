@@ -30,11 +30,12 @@ def memory_available() -> float:
 
 
 def limit_threads() -> None:
-    """Take torch's threads back to what a control group lets run at once, unless OMP_NUM_THREADS says how many.
+    """Take torch's threads back to what a control group lets run at once, unless the environment says how many.
 
     torch counts the machine's cores. Of 64 threads with time for four, most wait at every product for one without.
     """
-    if torch.get_num_threads() > (quota := _cpu_quota()) and "OMP_NUM_THREADS" not in os.environ:
+    asked = any(name in os.environ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"))
+    if not asked and torch.get_num_threads() > (quota := _cpu_quota()):
         torch.set_num_threads(math.ceil(quota))
 
 

@@ -191,10 +191,12 @@ def open_run(
     try:
         if not (path / "run.json").exists() or not _has_work(run):  # a `fresh` that was killed before it had begun
             run.bring_back_previous()
-        run.forget_previous()
         if fresh:
+            run.forget_previous()
             _set_aside(path)
         run = replace(run, stored=_checked_settings(run, config, resume, ignore))
+        if not fresh:
+            run.forget_previous()
         settle(path)
         settle(run.checkpoints)
         if not run.finished:
@@ -253,7 +255,7 @@ def _checked_settings(run: Run, config: Mapping[str, Any], resume: bool, ignore:
 
 def _has_work(run: Run) -> bool:
     saved = run.checkpoints.iterdir() if run.checkpoints.is_dir() else ()
-    written = any(p.exists() for p in (run.metrics, run.final, run.answers))
+    written = any(p.exists() for p in (run.metrics, run.final, run.samples, run.summary, *run.answers.glob("*")))
     return written or any(not p.name.startswith(TEMPORARY) for p in saved)
 
 

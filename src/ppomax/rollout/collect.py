@@ -88,13 +88,13 @@ def collect(
 def draw(
     policy: Policy, ids: Sequence[tuple[int, ...]], rows: Sequence[int], numbers: Sequence[int],
     *, iteration: int, seed: int, how: Sampling, progress: Callable[[int], None] | None = None,
-    clock: Clock | None = None,
+    ended: Callable[[int, Sampled], None] | None = None, clock: Clock | None = None,
 ) -> list[Sampled]:  # fmt: skip
     """One response to each of `ids` by the native sampler, from the random stream of its prompt and sample numbers."""
     uniforms_BR = uniforms_for(seed, iteration, rows, numbers, how.limit)
     return sample(
         policy, ids, uniforms_BR, distribution=how.distribution, eos_ids=how.eos_ids, max_rows=how.max_rows,
-        max_tokens=how.max_tokens, stop=how.stop, progress=progress, clock=clock,
+        max_tokens=how.max_tokens, stop=how.stop, progress=progress, ended=ended, clock=clock,
     )  # fmt: skip
 
 

@@ -86,13 +86,15 @@ def sample(
     max_tokens: int | None = None,
     stop: Callable[[Sequence[int]], bool] | None = None,
     progress: Callable[[int], None] | None = None,
+    ended: Callable[[int, Sampled], None] | None = None,
     clock: Clock | None = None,
 ) -> list[Sampled]:
     """One response per entry of `prompts` (token ids; equal prompts that come in together are prefilled once).
 
     uniforms_BR: float32 [B, R] in [0, 1), R = length limit. max_rows: sequences side by side. max_tokens: of the cache.
     stop: whether a response so far is complete, beside `eos_ids`. progress: called with the number of newly finished
-    responses. clock: told what prefill and decoding took.
+    responses. ended: called with the number of each prompt and its response when that has ended. clock: told what
+    prefill and decoding took.
     """
     clock, cost = clock or Clock(), policy.costs.trunk + policy.costs.forward
     # Longest first, so that whoever comes in later fits into the columns of the first; equal ones together.
@@ -111,10 +113,13 @@ def sample(
             clock.count("generate/prefill", work_of(cost, spans, slots=slots, places=len(read)))
             with clock("generate/decode"):
                 while batch.alive and (not waiting or rows - len(batch.alive) < max(1, rows // REFILL)):
-                    ended = batch.step()
-                    if progress is not None and ended:
-                        progress(ended)
-    results = [Sampled(ids, logprobs, i not in batch.complete) for i, (ids, logprobs) in enumerate(batch.responses)]
+                    over = batch.step()
+                    if ended is not None:
+                        for i in over:
+                            ended(i, batch.response(i))
+                    if progress is not None and over:
+                        progress(len(over))
+    results = [batch.response(i) for i in range(len(prompts))]
     # The last token of a response is drawn and not read.
     spans = [(len(p), len(p) + len(s.ids) - 1) for p, s in zip(prompts, results, strict=True)]
     clock.count("generate/decode", work_of(cost, spans, places=sum(len(s.ids) - 1 for s in results)))
@@ -181,10 +186,14 @@ class _Batch:
         self.states_BH = torch.cat([self.states_BH, states]) if self.alive else states
         self.alive += [i for same in rows for i in same]
 
-    def step(self) -> int:
-        """Draw a token for every row, and read those of the rows that go on; returns how many ended."""
+    def response(self, i: int) -> Sampled:
+        """What a prompt was answered, so far."""
+        return Sampled(*self.responses[i], truncated=i not in self.complete)
+
+    def step(self) -> list[int]:
+        """Draw a token for every row, and read those of the rows that go on; returns the prompts whose rows ended."""
         token_B, logprob_B = self._draw()
-        ended = []
+        ended, over = [], []
         for row, (i, token, logprob) in enumerate(zip(self.alive, token_B.tolist(), logprob_B.tolist(), strict=True)):
             ids, logprobs = self.responses[i]
             ids.append(token)
@@ -193,11 +202,12 @@ class _Batch:
                 self.complete.add(i)
             if i in self.complete or len(ids) == self.uniforms_BR.shape[1]:
                 ended.append(row)
+                over.append(i)
         if ended:
             token_B = token_B[self._drop(ended)]
         if self.alive:
             self._read(token_B)
-        return len(ended)
+        return over
 
     def _draw(self) -> tuple[Tensor, Tensor]:
         """The next token [B] of every row, and its log-prob [B]."""

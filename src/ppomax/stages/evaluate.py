@@ -43,16 +43,17 @@ from ppomax.stages.inputs import (
     fitted_prompts,
     one_of_each_roles,
     required,
+    sampling_of,
 )
 from ppomax.stages.kept import Kept
 from ppomax.stages.players import load_reward_model
 from ppomax.stages.reward_report import write_samples
-from ppomax.stages.session import opened_run
+from ppomax.stages.session import NEUTRAL, opened_run
 from ppomax.types import Prompt, Rollout, SetupError, token_batch
 
 RANDOM_PURPOSE = 1_000_003
-# On the disk: the page, an answer with its scores beside its prompt, and each of its tokens, as text and as it is kept.
-PAGE_BYTES, ANSWER_BYTES, TOKEN_BYTES = 2_000_000, 500, 40
+# On the disk: the page, an answer with its scores beside its prompt, and each of its tokens, as text or as ids.
+PAGE_BYTES, ANSWER_BYTES, TOKEN_BYTES = 2_000_000, 500, 8
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,10 @@ def evaluate(config: EvaluateConfig, *, fresh: bool = False) -> dict[str, Any]:
     A second call with the same settings does it again, and after an interruption goes on with the answers that are
     there; fresh: replace an evaluation with others. Raises SetupError and DataError, mostly before anything is sampled.
     """
+    # Who judges changes no answer: where a judge failed, those that there are serve another.
+    judges = () if (config.run_dir / "summary.json").exists() else ("judge", "judge_tie", "reward")
     with opened_run(
-        config.run_dir, verb="evaluate", config=config, resume=not fresh, fresh=fresh, ignore=("run_dir",)
+        config.run_dir, verb="evaluate", config=config, resume=not fresh, fresh=fresh, ignore=(*NEUTRAL, *judges)
     ) as run:
         return _evaluate(run, config)
 
@@ -115,7 +118,9 @@ def _evaluate(run: Run, config: EvaluateConfig) -> dict[str, Any]:
         expect_takes(judge, columns, what=f"judge {name}")
         try_judge(judge, prompts, name=name)
     print(f"evaluate: {read}; {len(prompts)} prompts × {config.samples_per_prompt} samples a system")
-    _expect_room(run, prompts, 2 * config.samples_per_prompt, config.sampling.max_new_tokens)
+    # One more than n, so that the sample that a best of n is compared with is not among its candidates.
+    most = max((config.samples_per_prompt, *(n + 1 for n in config.best_of)))
+    _expect_room(run, prompts, config.samples_per_prompt, most, config.sampling.max_new_tokens)
     policy = Policy(load_causal_lm(config.policy, compute), train_layers=None, trained=False)
     baseline = Policy(load_causal_lm(config.baseline, compute), train_layers=None, trained=False)
     if config.sampling.warped:
@@ -135,19 +140,18 @@ def _evaluate(run: Run, config: EvaluateConfig) -> dict[str, Any]:
         else:  # whether its chat template takes the prompts
             tried = [prompt.messages for prompt in one_of_each_roles(prompts)]
             model.score_text(tried, TRIED[:1] * len(tried))
-    # One more than n, so that the sample that a best of n is compared with is not among its candidates.
-    most = max((config.samples_per_prompt, *(n + 1 for n in config.best_of)))
-    kept = [
-        Kept(
-            run.answers / f"{role}.jsonl", name, player, tokenizer, prompts, ids, samples=samples,
-            iteration=RANDOM_PURPOSE, seed=config.seed, sampling=config.sampling, compute=config.compute,
-        )
-        for role, name, player, samples in (
-            ("baseline", config.baseline, baseline, most),
-            ("policy", config.policy, policy, config.samples_per_prompt),
-        )
-    ]  # fmt: skip
-    total, done = len(prompts) * (config.samples_per_prompt + most), sum(len(of_one.responses) for of_one in kept)
+
+    def kept_of(role: str, player: Policy, directory: str, samples: int) -> Kept:
+        return Kept(
+            run.answers / f"{role}.jsonl", player, directory, prompts, ids, samples=samples, iteration=RANDOM_PURPOSE,
+            seed=config.seed, how=sampling_of(config.sampling, player, tokenizer), stop=config.sampling.stop,
+        )  # fmt: skip
+
+    kept = (
+        kept_of("baseline", baseline, config.baseline, most),
+        kept_of("policy", policy, config.policy, config.samples_per_prompt),
+    )
+    total, done = len(prompts) * (most + config.samples_per_prompt), sum(len(of_one.responses) for of_one in kept)
     with progress("evaluate", total, done=done, unit="responses") as advance:
         rollouts = [of_one.rollout(advance) for of_one in kept]
     pool, after = (Answers(rollout, response_texts(tokenizer, rollout)) for rollout in rollouts)
@@ -157,16 +161,21 @@ def _evaluate(run: Run, config: EvaluateConfig) -> dict[str, Any]:
         return _report(run, config, Systems(policy, baseline, model, judges, advance), after, pool)
 
 
-def _expect_room(run: Run, prompts: Sequence[Prompt], answers: int, limit: int) -> None:
-    """Refuse a disk on which so many answers to each prompt would be found not to fit when they have been sampled."""
+def _expect_room(run: Run, prompts: Sequence[Prompt], shown: int, most: int, limit: int) -> None:
+    """Refuse a disk on which the answers would be found not to fit when they have been sampled.
+
+    shown: samples of a prompt by each system that are compared; most: by the baseline, with those for the best of n.
+    """
     asked = sum(len(prompt.messages[-1]["content"].encode()) for prompt in prompts)
-    needed = PAGE_BYTES + answers * (asked + len(prompts) * (ANSWER_BYTES + TOKEN_BYTES * limit))
+    as_text = 2 * shown * (asked + len(prompts) * (ANSWER_BYTES + TOKEN_BYTES * limit))
+    answers = len(prompts) * (shown + most)
+    needed = PAGE_BYTES + as_text + answers * TOKEN_BYTES * limit
     replaced = run.samples, run.report, *run.answers.glob("*")
     written_anew = sum(file.stat().st_size for file in replaced if file.exists())
     free = free_bytes(run.path) + written_anew
     if free < needed:
         raise SetupError(
-            f"{run.path}: found {size_text(free)} free, expected {size_text(needed)} for {answers * len(prompts):,} "
+            f"{run.path}: found {size_text(free)} free, expected {size_text(needed)} for {answers:,} "
             "answers and a report. Free some space or choose another --run-dir"
         )
 

@@ -22,6 +22,7 @@ from ppomax.stages.inputs import (
     context_limit,
     expect_native,
     fitted_prompts,
+    sampling_of,
 )
 from ppomax.stages.kept import Kept
 from ppomax.stages.spoilt import spoilt
@@ -37,7 +38,7 @@ def label(
 ) -> dict[str, Any]:  # fmt: skip
     """Write `out`: all pairs of answers to a prompt whose judge scores differ by more than `tie`. Returns counts.
 
-    Answers are kept beside it, piece by piece, until it is written: who was interrupted goes on from there.
+    Answers that have ended are kept beside it until it is written: who was interrupted goes on with the others.
     loop_every, stray_every: for one prompt in so many, the best answer made worse is one more answer: with its last
     words said again (every other time of something else), and with another prompt's words in the place of its own
     prompt's (stages/spoilt.py).
@@ -93,8 +94,8 @@ def _answers(
     model = Policy(load_causal_lm(policy, compute_of(compute)), train_layers=None, trained=False)
     context_limit(model.model, max(map(len, read.ids)) + sampling.max_new_tokens, "longest prompt + response")
     answers = Kept(
-        kept, policy, model, tokenizer, read.prompts, read.ids, samples=samples, iteration=RANDOM_PURPOSE, seed=seed,
-        sampling=sampling, compute=compute,
+        kept, model, policy, read.prompts, read.ids, samples=samples, iteration=RANDOM_PURPOSE, seed=seed,
+        how=sampling_of(sampling, model, tokenizer), stop=sampling.stop,
     )  # fmt: skip
     with progress("label", len(read.ids) * samples, done=len(answers.responses), unit="responses") as advance:
         return response_texts(tokenizer, answers.rollout(advance))
