@@ -42,7 +42,11 @@ class Kept:
         self._end = self._read()
 
     def rollout(self, progress: Callable[[int], None]) -> Rollout:
-        """All responses; those that the file lacks are sampled and added to it. Their log-probs are not kept: NaN."""
+        """All responses; those that the file lacks are sampled and added to it. Their log-probs are not kept: NaN.
+
+        They are those of one uninterrupted call but for rounding, which depends on the rows that are side by side: it
+        moves a draw where it lies at the edge between two tokens, in one response of some hundred.
+        """
         rows, numbers = repeated(range(len(self._prompts)), self._samples)
         missing = [place for place in range(len(rows)) if place not in self.responses]
         if missing:
