@@ -103,6 +103,19 @@ def test_another_verb_is_refused(tmp_path: Path) -> None:
         open_run(tmp_path, verb="ppo", config=CONFIG, resume=True)
 
 
+def test_a_result_without_metrics_is_not_given_up_for_what_it_replaced(tmp_path: Path) -> None:
+    """An evaluation that was killed when its summary was there, and the old one was still to be deleted."""
+    old = open_run(tmp_path, verb="evaluate", config={"seed": 1})
+    write_json_atomic(old.summary, {"seed": 1})
+    old.close()
+    new = open_run(tmp_path, verb="evaluate", config={"seed": 2}, fresh=True)
+    write_json_atomic(new.summary, {"seed": 2})
+    new.close()
+    again = open_run(tmp_path, verb="evaluate", config={"seed": 2})
+    assert again.summary.read_text() == '{\n  "seed": 2\n}\n' and again.finished
+    again.close()
+
+
 @pytest.mark.parametrize("fresh", [False, True])
 def test_a_directory_that_is_not_a_run_is_never_touched(tmp_path: Path, fresh: bool) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")

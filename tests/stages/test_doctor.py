@@ -18,7 +18,7 @@ from ppomax.stages.doctor import GIB, OPTIONAL, concerns, doctor
 from ppomax.types import SetupError
 
 GOOD: dict[str, Any] = {
-    "device": "cuda", "dtype": "bfloat16", "cores": 8, "threads": 8, "omp_num_threads": None, "load": 0.5,
+    "device": "cuda", "dtype": "bfloat16", "cores": 8, "host_cores": 8, "threads": 8, "omp_num_threads": None, "load": 0.5,
     "memory_total": 64 * GIB, "memory_available": 50 * GIB, "disk_free": {"/": 100 * GIB}, "smollm2_converted": True,
 }  # fmt: skip
 

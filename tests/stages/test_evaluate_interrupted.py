@@ -121,8 +121,8 @@ def test_after_a_judge_that_failed_the_answers_serve_another_or_the_mended_one(
             evaluate(small(tmp_path / "run", trained, toys))
     evaluate(small(tmp_path / "run", trained, toys, **change))
     assert draws.asked == [30, 30]
-    if "judge" in change:  # a result is not replaced by that of another judge
-        with pytest.raises(SetupError, match="with other settings: judge"):
+    if change:  # what is finished is not replaced by what was judged, or decoded, in another way
+        with pytest.raises(SetupError, match=f"with other settings: {next(iter(change))}"):
             evaluate(small(tmp_path / "run", trained, toys))
 
 
@@ -134,9 +134,11 @@ def test_one_that_replaces_another_is_gone_on_with_too(
     draws.interrupt = 4
     with pytest.raises(KeyboardInterrupt):
         evaluate(other, fresh=True)
-    with pytest.raises(SetupError, match="with other settings: seed"):
-        evaluate(small(tmp_path / "run", trained, toys))
-    assert (tmp_path / "run" / ".previous" / "summary.json").exists()  # a refused command costs nothing
+    no_judge = other.model_copy(update={"judge": ("stages.toy:nobody",)})
+    for refused in (small(tmp_path / "run", trained, toys), no_judge):
+        with pytest.raises(SetupError, match="with other settings: seed|nobody"):
+            evaluate(refused)
+        assert (tmp_path / "run" / ".previous" / "summary.json").exists()  # a refused command costs nothing
     evaluate(other)
     assert draws.asked[:4] == [30] * 4 and len(draws.asked) == 5 and draws.asked[4] < 30
     assert not (tmp_path / "run" / ".previous").exists()
@@ -155,9 +157,22 @@ def test_stopped_by_a_signal_it_says_what_is_kept(
     running.wait_for(lambda: "thinking" in running.said())
     assert running.stop(number) == code
     said = " ".join(running.said().split())
-    assert said.endswith("stopped at once; finished answers are kept. To go on: the same command without --fresh")
+    assert "stopped at once; finished answers are kept. To go on: the same command, without --fresh" in said
     assert "Traceback" not in said
     assert main([*words[:-1], "stages.toy:share_of_e"]) == 0
+
+
+def test_a_second_replacement_that_is_refused_brings_back_what_was_there(
+    trained: Trained, toys: Toys, tmp_path: Path, draws: Draws
+) -> None:
+    evaluate(small(tmp_path / "run", trained, toys))
+    before = outcome(tmp_path / "run")
+    draws.interrupt = 3
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(small(tmp_path / "run", trained, toys, seed=1), fresh=True)
+    with pytest.raises(SetupError, match="nobody"):
+        evaluate(small(tmp_path / "run", trained, toys, seed=2, judge=("stages.toy:nobody",)), fresh=True)
+    assert outcome(tmp_path / "run") == before
 
 
 def test_a_replacement_that_comes_to_no_answer_leaves_what_was_there(

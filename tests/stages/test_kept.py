@@ -43,6 +43,13 @@ def policy_of(directory: str, compute: Compute) -> Policy:
     return Policy(load_causal_lm(directory, compute), train_layers=None, trained=False)
 
 
+def configured(directory: str, **changes: Any) -> Policy:
+    policy = policy_of(directory, compute_of(FLOAT32))
+    for name, value in changes.items():
+        setattr(policy.model.config, name, value)
+    return policy
+
+
 @pytest.fixture
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many responses were sampled, each time that some were."""
@@ -154,24 +161,36 @@ OTHER: dict[str, Callable[[Asked, Trained], dict[str, Any]]] = {
     },
     "prompts": lambda asked, other: {"prompts": asked[3].prompts[:44], "ids": asked[3].ids[:44]},
     "weights": lambda asked, other: {"directory": other.sft},
+    "config": lambda asked, other: {"policy": configured(asked[0], rms_norm_eps=2e-5)},
     "precision": lambda asked, other: {"policy": policy_of(asked[0], Compute(torch.device("cpu"), torch.bfloat16))},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", OTHER)
 def test_responses_of_other_work_are_not_taken(
-    name: str, asked: Asked, drawn: list[int], trained_top: Trained, tmp_path: Path
-) -> None:
+    name: str, asked: Asked, drawn: list[int], trained_top: Trained, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     other = OTHER[name](asked, trained_top)
     path = tmp_path / "answers"
     before = {"sampling": SamplingConfig(max_new_tokens=6, stop=("e",))} if name == "other stop" else {}
     kept(path, asked, **before).rollout(nothing)
+    capsys.readouterr()
     found = kept(path, asked, **other)
     assert found.responses == {}
+    assert f"{path}: found answers of other weights, prompts, settings or versions" in capsys.readouterr().out
     rollout = found.rollout(nothing)
     assert len(kept(path, asked, **other).responses) == len(rollout)
     assert kept(path, asked, **before).responses == {}
     assert json.loads(path.read_text().splitlines()[0]).keys() == {"work"}
+
+
+def test_responses_of_another_version_are_not_taken(
+    asked: Asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept(tmp_path / "answers", asked).rollout(nothing)
+    monkeypatch.setattr(stage, "__version__", "0.0.0")
+    assert kept(tmp_path / "answers", asked).responses == {}
 
 
 def test_fewer_rows_side_by_side_are_the_same_work(asked: Asked, drawn: list[int], tmp_path: Path) -> None:

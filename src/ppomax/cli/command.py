@@ -140,7 +140,7 @@ def _explain(error: BaseException, name: str) -> tuple[int, str] | None:
             if name == "quickstart":
                 kept = "; checkpoints and finished answers are kept. To go on: the same command"
         elif name == "evaluate":
-            kept = "; finished answers are kept. To go on: the same command without --fresh"
+            kept = "; finished answers are kept. To go on: the same command, without --fresh if there are any"
         elif name == "rank":
             kept = "; nothing is kept. To do it again: the same command"
         return TERMINATED if error.args == (signal.SIGTERM,) else INTERRUPTED, f"stopped at once{kept}"

@@ -106,7 +106,7 @@ def disk_errors(path: Path, *, needed: int | None = None, temporary: Path | None
         failure = SaveError(
             f"{path}: cannot save ({os.strerror(code)}; {space}{size_text(free_bytes(path))} free). What was saved "
             f"before is untouched; {advice} or choose another output directory, then go on with --resume "
-            "(verbs without it: the same command)"
+            "(verbs without it: the same command, without --fresh)"
         )
         failure.errno = code
         raise failure from error

@@ -14,9 +14,14 @@ CGROUPS, OWN = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def cores() -> int:
-    """Cores that this process may use at once, two threads of one counted once, as torch does."""
+    """Cores' worth of time that this process may use at once."""
+    return math.ceil(min(host_cores(), _cpu_quota()))
+
+
+def host_cores() -> int:
+    """Cores that this process may run on, two threads of one counted once, as torch does."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return math.ceil(min(allowed, psutil.cpu_count(logical=False) or allowed, _cpu_quota()))
+    return min(allowed, psutil.cpu_count(logical=False) or allowed)
 
 
 def memory_total() -> float:

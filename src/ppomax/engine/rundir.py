@@ -191,12 +191,12 @@ def open_run(
     try:
         if not (path / "run.json").exists() or not _has_work(run):  # a `fresh` that was killed before it had begun
             run.bring_back_previous()
-        if fresh:
+        if fresh and (path / PREVIOUS).exists() and not run.finished:  # one that was to replace what is set aside
+            _delete(_entries(path), last=("run.json",))
+        elif fresh:
             run.forget_previous()
             _set_aside(path)
         run = replace(run, stored=_checked_settings(run, config, resume, ignore))
-        if not fresh:
-            run.forget_previous()
         settle(path)
         settle(run.checkpoints)
         if not run.finished:

@@ -13,7 +13,7 @@ import torch
 from ppomax import __version__
 from ppomax.config import DoctorConfig
 from ppomax.engine.durable import free_bytes
-from ppomax.engine.machine import cores, memory_available, memory_total
+from ppomax.engine.machine import cores, host_cores, memory_available, memory_total
 from ppomax.engine.speed import FEW, TOKENS, copy_rate, model_shapes, peak_rate, product_rate
 from ppomax.models.embedded import cache_directory, cached_model
 from ppomax.models.load import Compute, load_config, resolve_compute
@@ -78,8 +78,9 @@ def concerns(numbers: dict[str, Any]) -> list[str]:
                 f"torch uses {numbers['threads']} threads on {numbers['cores']} cores, and they wait for each other: "
                 f"OMP_NUM_THREADS is {limit}; unset it"
             )
-        if numbers["load"] > 1.25 * numbers["cores"]:
-            found.append(f"other programs keep the cores busy (load {numbers['load']:.1f} on {numbers['cores']} cores)")
+        if numbers["load"] > 1.25 * numbers["host_cores"]:  # the load is the host's, whatever a container may use of it
+            cores = numbers["host_cores"]
+            found.append(f"other programs keep the cores busy (load {numbers['load']:.1f} on {cores} cores)")
     if numbers["memory_available"] < LITTLE_MEMORY:
         found.append(
             f"{_gib(numbers['memory_available'])} of memory is free, less than {_gib(LITTLE_MEMORY)}: PPO holds four "
@@ -131,6 +132,7 @@ def _numbers(compute: Compute) -> dict[str, Any]:
         "device": compute.device.type,
         "dtype": str(compute.dtype).removeprefix("torch."),
         "cores": cores(),
+        "host_cores": host_cores(),
         "threads": torch.get_num_threads(),
         "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
         "load": os.getloadavg()[0],

@@ -75,10 +75,11 @@ def evaluate(config: EvaluateConfig, *, fresh: bool = False) -> dict[str, Any]:
     A second call with the same settings does it again, and after an interruption goes on with the answers that are
     there; fresh: replace an evaluation with others. Raises SetupError and DataError, mostly before anything is sampled.
     """
+    begun = any((config.run_dir / "answers").glob("*")) and not (config.run_dir / "summary.json").exists()
     # Who judges changes no answer: where a judge failed, those that there are serve another.
-    judges = () if (config.run_dir / "summary.json").exists() else ("judge", "judge_tie", "reward")
+    ignore = (*NEUTRAL, "judge", "judge_tie", "reward") if begun else ("run_dir",)
     with opened_run(
-        config.run_dir, verb="evaluate", config=config, resume=not fresh, fresh=fresh, ignore=(*NEUTRAL, *judges)
+        config.run_dir, verb="evaluate", config=config, resume=not fresh, fresh=fresh, ignore=ignore
     ) as run:
         return _evaluate(run, config)
 

@@ -35,7 +35,7 @@ class Kept:
         # How many are sampled side by side changes rounding alone; after running out of memory there must be a way on.
         drawn = replace(how, max_rows=0, max_tokens=None)
         settings = (
-            __version__, weights_hash(directory), str(policy.model.config), policy.model.dtype, str(policy.device),
+            __version__, weights_hash(directory), str(policy.model.config), policy.model.dtype, policy.device.type,
             samples, iteration, seed, drawn, tuple(stop),
         )  # fmt: skip
         self._work = {"work": fingerprint(((row, None) for row in ids), [((), settings)])}
@@ -65,7 +65,12 @@ class Kept:
         for line in self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else ():
             try:
                 found = json.loads(line)
-                if not line.endswith(b"\n") or (end == 0 and found != self._work):
+                if end == 0 and found != self._work:
+                    print(
+                        f"{self.path}: found answers of other weights, prompts, settings or versions; all are drawn anew"
+                    )
+                    break
+                if not line.endswith(b"\n"):
                     break
                 if end:
                     self._take(*found)
