@@ -67,7 +67,7 @@ class Kept:
                 found = json.loads(line)
                 if end == 0 and found != self._work:
                     print(
-                        f"{self.path}: found answers of other weights, prompts, settings or versions; all are drawn anew"
+                        f"{self.path}: found answers of other weights, prompts, settings or versions; it is done anew"
                     )
                     break
                 if not line.endswith(b"\n"):
