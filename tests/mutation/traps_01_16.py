@@ -152,8 +152,9 @@ MUTATIONS = [
     ),
     Mutation(
         9, "a response that was cut gets an eos", "rollout/sampler.py",
-        "results = [Sampled(ids, logprobs, i not in batch.complete)",
-        "results = [Sampled(ids if i in batch.complete else [*ids, min(eos_ids)], logprobs, i not in batch.complete)",
+        "        return Sampled(*self.responses[i], truncated=i not in self.complete)",
+        "        ids, logprobs = self.responses[i]\n"
+        "        return Sampled(ids if i in self.complete else [*ids, min(self.eos)], logprobs, i not in self.complete)",
         (f"{SAMPLER}::test_trap_09_eos_stops_and_is_kept_and_nothing_is_appended",),
     ),
     Mutation(

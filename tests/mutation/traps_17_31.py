@@ -225,8 +225,8 @@ MUTATIONS = [
     ),
     Mutation(
         27, "as long as the limit is called truncated", "rollout/sampler.py",
-        "[Sampled(ids, logprobs, i not in batch.complete)",
-        "[Sampled(ids, logprobs, len(ids) == uniforms_BR.shape[1])",
+        "truncated=i not in self.complete)",
+        "truncated=len(self.responses[i][0]) == self.uniforms_BR.shape[1])",
         (f"{SAMPLER}::test_trap_27_an_eos_on_the_last_allowed_token_is_no_truncation",),
     ),
     Mutation(
