@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from ppomax.config import EvaluateConfig, PPOConfig, SamplingConfig
+from ppomax.stages import kept
 from ppomax.stages.ppo import ppo
 from ppomax.stages.reward import reward
 from ppomax.stages.sft import sft
@@ -115,6 +116,31 @@ def command(tmp_path: Path) -> Iterator[type[Command]]:
     """`ppomax VERB ...` in processes of their own, none of which outlives the test."""
     yield Command
     Command.end_all()
+
+
+class Draws:
+    """How many answers were sampled each time; `interrupt`: Ctrl-C when the first answers of that time have ended."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked: list[int] = []
+        self.interrupt: int | None = None
+        self._draw = kept.draw_responses
+        monkeypatch.setattr(kept, "draw_responses", self)
+
+    def __call__(self, policy: Any, ids: Any, *given: Any, progress: Any, **options: Any) -> Any:
+        self.asked.append(len(ids))
+
+        def interrupt(amount: int) -> None:
+            raise KeyboardInterrupt
+
+        now = interrupt if len(self.asked) == self.interrupt else progress
+        return self._draw(policy, ids, *given, progress=now, **options)
+
+
+@pytest.fixture
+def draws(monkeypatch: pytest.MonkeyPatch) -> Draws:
+    """What evaluation and labelling sample in this test."""
+    return Draws(monkeypatch)
 
 
 def evaluate_config(run_dir: Path, policy: str, trained: Trained, toys: Toys, **changes: Any) -> EvaluateConfig:

@@ -236,7 +236,7 @@ def test_answers_outlive_a_judge_that_fails(
     rows = rows_of(config)
     assert len(rows) == 2 * 3 * 2 and {row["source"] for row in rows} == {"even", "odd"}
     monkeypatch.undo()
-    monkeypatch.setattr(kept, "draw", None)  # nothing is sampled again
+    monkeypatch.setattr(kept, "draw_responses", None)  # nothing is sampled again
     evaluate(config)
     assert [row["after"] for row in rows_of(config)] == [row["after"] for row in rows]
     assert all("gold_after" in row for row in rows_of(config))

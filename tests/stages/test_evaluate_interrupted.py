@@ -18,39 +18,24 @@ from ppomax.stages import kept
 from ppomax.stages.evaluate import evaluate
 from ppomax.types import DataError, SetupError
 from stages import toy
-from stages.conftest import Toys, Trained, evaluate_config
+from stages.conftest import Draws, Toys, Trained, evaluate_config
 from stages.processes import Command
 from stages.toy import file_hashes
-
-
-class Draws:
-    """How many answers were sampled each time; `interrupt`: Ctrl-C when the first answers of that time have ended."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.asked: list[int] = []
-        self.interrupt: int | None = None
-        self._draw = kept.draw
-        monkeypatch.setattr(kept, "draw", self)
-
-    def __call__(self, policy: Any, ids: Any, *given: Any, progress: Any, **options: Any) -> Any:
-        self.asked.append(len(ids))
-
-        def interrupt(amount: int) -> None:
-            raise KeyboardInterrupt
-
-        now = interrupt if len(self.asked) == self.interrupt else progress
-        return self._draw(policy, ids, *given, progress=now, **options)
-
-
-@pytest.fixture
-def draws(monkeypatch: pytest.MonkeyPatch) -> Draws:
-    return Draws(monkeypatch)
 
 
 def small(run_dir: Path, trained: Trained, toys: Toys, **changes: Any) -> EvaluateConfig:
     """30 answers by each of two equal systems."""
     settings = {"max_prompts": 15, "best_of": (), "samples_per_prompt": 1, **changes}
     return evaluate_config(run_dir, trained.sft, trained, toys, **settings)
+
+
+def command_line(run_dir: Path, trained: Trained, toys: Toys, *, samples: int, tokens: int, judge: str) -> list[str]:
+    """The judge comes last."""
+    return [
+        "evaluate", "--run-dir", str(run_dir), "--policy", trained.sft, "--baseline", trained.sft, "--reward", "None",
+        "--prompts", toys.prompts, "--samples-per-prompt", str(samples), "--sampling.max-new-tokens", str(tokens),
+        "--judge", f"stages.toy:{judge}",
+    ]  # fmt: skip
 
 
 def outcome(run_dir: Path) -> dict[str, Any]:
@@ -84,7 +69,7 @@ def test_interrupted_before_any_answer_it_leaves_nothing(
     def interrupted(*given: Any, **options: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(kept, "draw", interrupted)
+    monkeypatch.setattr(kept, "draw_responses", interrupted)
     with pytest.raises(KeyboardInterrupt):
         evaluate(small(tmp_path / "run", trained, toys))
     assert not (tmp_path / "run").exists()
@@ -93,11 +78,7 @@ def test_interrupted_before_any_answer_it_leaves_nothing(
 def test_killed_while_it_samples_it_goes_on(
     trained: Trained, toys: Toys, command: type[Command], tmp_path: Path, draws: Draws
 ) -> None:
-    words = [
-        "evaluate", "--run-dir", str(tmp_path / "run"), "--policy", trained.sft, "--baseline", trained.sft,
-        "--reward", "None", "--prompts", toys.prompts, "--samples-per-prompt", "40", "--sampling.max-new-tokens", "20",
-        "--judge", "stages.toy:share_of_e",
-    ]  # fmt: skip
+    words = command_line(tmp_path / "run", trained, toys, samples=40, tokens=20, judge="share_of_e")
     answers = tmp_path / "run" / "answers" / "baseline.jsonl"
     running = command(words, tmp_path / "log")
     running.wait_for(lambda: answers.exists() and answers.stat().st_size > 10_000)
@@ -148,11 +129,7 @@ def test_one_that_replaces_another_is_gone_on_with_too(
 def test_stopped_by_a_signal_it_says_what_is_kept(
     number: signal.Signals, code: int, trained: Trained, toys: Toys, command: type[Command], tmp_path: Path
 ) -> None:
-    words = [
-        "evaluate", "--run-dir", str(tmp_path / "run"), "--policy", trained.sft, "--baseline", trained.sft,
-        "--reward", "None", "--prompts", toys.prompts, "--max-prompts", "1", "--sampling.max-new-tokens", "4",
-        "--judge", "stages.toy:slow_reward",
-    ]  # fmt: skip
+    words = command_line(tmp_path / "run", trained, toys, samples=1, tokens=4, judge="slow_reward")
     running = command(words, tmp_path / "log")
     running.wait_for(lambda: "thinking" in running.said())
     assert running.stop(number) == code
@@ -180,7 +157,7 @@ def test_a_replacement_that_comes_to_no_answer_leaves_what_was_there(
 ) -> None:
     evaluate(small(tmp_path / "run", trained, toys))
     before = outcome(tmp_path / "run")
-    monkeypatch.setattr(kept, "draw", lambda *given, **options: 1 / 0)
+    monkeypatch.setattr(kept, "draw_responses", lambda *given, **options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         evaluate(small(tmp_path / "run", trained, toys, seed=1), fresh=True)
     assert outcome(tmp_path / "run") == before

@@ -21,7 +21,7 @@ from ppomax.stages import kept as stage
 from ppomax.stages.inputs import PromptRows, compute_of, fitted_prompts, sampling_of
 from ppomax.stages.kept import Kept
 from ppomax.types import ROLLOUT_TENSORS, Rollout
-from stages.conftest import Toys, Trained
+from stages.conftest import Draws, Toys, Trained
 from stages.toy import FLOAT32
 
 SAMPLING = SamplingConfig(max_new_tokens=6, max_rows=16)
@@ -51,16 +51,9 @@ def configured(directory: str, **changes: Any) -> Policy:
 
 
 @pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def drawn(draws: Draws) -> list[int]:
     """How many responses were sampled, each time that some were."""
-    sizes, draw = [], stage.draw
-
-    def counted(policy: Policy, ids: Any, *given: Any, **options: Any) -> Any:
-        sizes.append(len(ids))
-        return draw(policy, ids, *given, **options)
-
-    monkeypatch.setattr(stage, "draw", counted)
-    return sizes
+    return draws.asked
 
 
 def kept(path: Path, asked: Asked, sampling: SamplingConfig = SAMPLING, **changes: Any) -> Kept:

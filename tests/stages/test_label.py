@@ -16,7 +16,7 @@ from ppomax.errors import SaveError
 from ppomax.stages import kept as stage
 from ppomax.stages.label import label
 from ppomax.types import DataError, SetupError
-from stages.conftest import Toys, Trained
+from stages.conftest import Draws, Toys, Trained
 from stages.toy import FLOAT32, share_of_e
 
 
@@ -97,19 +97,12 @@ def fails_late(prompts: Sequence[Any], responses: Sequence[str], **columns: Any)
 
 
 def test_who_is_interrupted_goes_on_with_the_answers_that_are_missing(
-    trained: Trained, toys: Toys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Trained, toys: Toys, tmp_path: Path, draws: Draws
 ) -> None:
     labelled(tmp_path / "whole.jsonl", trained, toys)
-    out, asked, draw = tmp_path / "pairs.jsonl", [], stage.draw
-
-    def counted(policy: Any, ids: Any, *given: Any, progress: Any, **options: Any) -> Any:
-        asked.append(len(ids))
-        return draw(policy, ids, *given, progress=interrupt if len(asked) == 1 else progress, **options)
-
-    def interrupt(amount: int) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(stage, "draw", counted)
+    out, asked = tmp_path / "pairs.jsonl", draws.asked
+    del asked[:]
+    draws.interrupt = 1
     with pytest.raises(KeyboardInterrupt):
         labelled(out, trained, toys)
     assert not out.exists()
@@ -156,7 +149,7 @@ def test_a_judge_or_a_length_that_cannot_work_writes_nothing(trained: Trained, t
 def test_a_judge_that_gives_no_scores_is_found_before_anything_is_sampled(
     trained: Trained, toys: Toys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage, "draw", None)
+    monkeypatch.setattr(stage, "draw_responses", None)
     for judge, message in (
         (lambda p, r, **_: ["good"] * len(r), "found 'good'"),
         (lambda p, r, **_: [1.0], "1 values"),
@@ -175,6 +168,6 @@ def test_pairs_are_written_as_json_lines_only(name: str, trained: Trained, toys:
 def test_a_folder_that_is_not_there_is_found_before_anything_is_sampled(
     trained: Trained, toys: Toys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stage, "draw", None)
+    monkeypatch.setattr(stage, "draw_responses", None)
     with pytest.raises(SaveError, match=r"pairs\.jsonl: cannot save \(No such file or directory"):
         labelled(tmp_path / "no" / "pairs.jsonl", trained, toys)

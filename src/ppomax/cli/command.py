@@ -138,7 +138,7 @@ def _explain(error: BaseException, name: str) -> tuple[int, str] | None:
         if name in TRAINING:
             kept = "; nothing after the last checkpoint is kept. To go on: the same command with --resume"
             if name == "quickstart":
-                kept = "; checkpoints and finished answers are kept. To go on: the same command"
+                kept = "; checkpoints and finished answers are kept. To go on: the same command without --fresh"
         elif name == "evaluate":
             kept = "; finished answers are kept. To go on: the same command, without --fresh if there are any"
         elif name == "rank":

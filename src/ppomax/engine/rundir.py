@@ -122,6 +122,10 @@ class Run:
         """True when summary.json is there and, for a verb that trains, `final/` is complete."""
         return self.summary.is_file() and (self.verb not in TRAINING_VERBS or final_complete(self.final))
 
+    def has_results(self) -> bool:
+        """Whether there is anything that a model has written, or what came of it."""
+        return any(p.exists() for p in (self.final, self.samples, self.summary, *self.answers.glob("*")))
+
     def previous_bytes(self) -> int:
         """Bytes of the run that `fresh` set aside."""
         return sum(p.lstat().st_size for p in (self.path / PREVIOUS).rglob("*"))
@@ -255,8 +259,7 @@ def _checked_settings(run: Run, config: Mapping[str, Any], resume: bool, ignore:
 
 def _has_work(run: Run) -> bool:
     saved = run.checkpoints.iterdir() if run.checkpoints.is_dir() else ()
-    written = any(p.exists() for p in (run.metrics, run.final, run.samples, run.summary, *run.answers.glob("*")))
-    return written or any(not p.name.startswith(TEMPORARY) for p in saved)
+    return run.metrics.exists() or run.has_results() or any(not p.name.startswith(TEMPORARY) for p in saved)
 
 
 def _contents(path: Path) -> list[str]:

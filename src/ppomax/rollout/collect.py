@@ -72,7 +72,7 @@ def collect(
     rows, numbers = (row[part] for row in repeated(indices, samples))
     ids = [prompt_ids[i] for i in rows]
     if engine is None:
-        sampled = draw(
+        sampled = draw_responses(
             policy, ids, rows, numbers, iteration=iteration, seed=seed, how=how, progress=progress, clock=clock
         )
     else:
@@ -85,7 +85,7 @@ def collect(
     return as_rollout(sampled, prompts, prompt_ids, rows, numbers)
 
 
-def draw(
+def draw_responses(
     policy: Policy, ids: Sequence[tuple[int, ...]], rows: Sequence[int], numbers: Sequence[int],
     *, iteration: int, seed: int, how: Sampling, progress: Callable[[int], None] | None = None,
     ended: Callable[[int, Sampled], None] | None = None, clock: Clock | None = None,

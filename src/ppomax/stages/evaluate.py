@@ -75,7 +75,8 @@ def evaluate(config: EvaluateConfig, *, fresh: bool = False) -> dict[str, Any]:
     A second call with the same settings does it again, and after an interruption goes on with the answers that are
     there; fresh: replace an evaluation with others. Raises SetupError and DataError, mostly before anything is sampled.
     """
-    begun = any((config.run_dir / "answers").glob("*")) and not (config.run_dir / "summary.json").exists()
+    there = Run(config.run_dir, "evaluate")
+    begun = any(there.answers.glob("*")) and not there.summary.exists()
     # Who judges changes no answer: where a judge failed, those that there are serve another.
     ignore = (*NEUTRAL, "judge", "judge_tie", "reward") if begun else ("run_dir",)
     with opened_run(

@@ -10,7 +10,7 @@ from pathlib import Path
 from ppomax import __version__
 from ppomax.engine.durable import disk_errors, json_text, sync_folder
 from ppomax.models.players import Policy
-from ppomax.rollout.collect import Sampling, as_rollout, draw, repeated
+from ppomax.rollout.collect import Sampling, as_rollout, draw_responses, repeated
 from ppomax.rollout.sampler import Sampled
 from ppomax.stages.inputs import fingerprint, weights_hash
 from ppomax.types import Prompt, Rollout
@@ -50,7 +50,7 @@ class Kept:
         rows, numbers = repeated(range(len(self._prompts)), self._samples)
         missing = [place for place in range(len(rows)) if place not in self.responses]
         if missing:
-            draw(
+            draw_responses(
                 self._policy, [self._ids[rows[place]] for place in missing], [rows[place] for place in missing],
                 [numbers[place] for place in missing], iteration=self._iteration, seed=self._seed, how=self._how,
                 progress=progress, ended=lambda i, response: self._add(missing[i], response.ids, response.truncated),
@@ -67,7 +67,7 @@ class Kept:
                 found = json.loads(line)
                 if end == 0 and found != self._work:
                     print(
-                        f"{self.path}: found answers of other weights, prompts, settings or versions; it is done anew"
+                        f"{self.path}: found answers of other weights, prompts, settings or versions; they are left out"
                     )
                     break
                 if not line.endswith(b"\n"):

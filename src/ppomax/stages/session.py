@@ -361,8 +361,7 @@ def opened_run(
 def _begun(run: Run) -> bool:
     measured = run.metrics.exists() and run.metrics.stat().st_size > 0
     saved = run.checkpoints.is_dir() and any(run.checkpoints.iterdir())
-    others = run.final, run.samples, run.summary, run.path / NONFINITE, *run.answers.glob("*")
-    return measured or saved or any(p.exists() for p in others)
+    return measured or saved or run.has_results() or (run.path / NONFINITE).exists()
 
 
 @contextmanager
